@@ -1,0 +1,122 @@
+"""The declaration of a fusion: the one type that a contributor has to know.
+
+A fusion names rare *anchors* to start from, a `match` that proves what the subgraph around an anchor computes,
+a `guard` (may it be replaced?), a `profit` rule (should it be?) and a `replace` that builds the fused call.
+Each of them answers with a reason in words when the answer is no; nothing is decided by a bare boolean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from fusion_passes.settings import Settings
+from fusion_passes.sizes import Sizes
+
+# A reason in words why something is not done, or None where nothing stands against it.
+Reason = str | None
+
+
+class NearMiss(Exception):
+    """The subgraph at an anchor is not what the fusion computes; the message says where the likeness ends."""
+
+
+class Refusal(Exception):
+    """The subgraph means what the fusion computes but must not be replaced; the message says why."""
+
+
+@dataclasses.dataclass
+class Context:
+    """What a fusion may know about the graph it looks at.
+
+    Attributes:
+        graph: the post-grad ATen graph; not to be changed before `replace`.
+        settings: the snapshot of the configuration for this compile.
+        sizes: admissible assignments of integers to the graph's size symbols, the hints first. A match must
+            hold under every one of them.
+    """
+
+    graph: Graph
+    settings: Settings
+    sizes: list[Sizes]
+
+
+@dataclasses.dataclass
+class Site:
+    """One place in a graph that a fusion matched.
+
+    Attributes:
+        anchor: the node the search started from.
+        replaced: the node whose value the fused op will provide.
+        leaves: the tensors that the fused op reads, by operand name.
+        interior: nodes whose work the fused op takes over; none of their large values may be needed elsewhere.
+        params: whatever `replace` needs beside the leaves.
+        roundings: casts to a narrower float inside `interior` that the fused op does not perform.
+        summary: shapes and constants in words, for the report.
+        saved_bytes: memory traffic saved per call, estimated at the size hints; None if not estimated.
+        saved_launches: kernel launches saved per call, estimated; None if not estimated.
+    """
+
+    anchor: Node
+    replaced: Node
+    leaves: dict[str, Node]
+    interior: set[Node]
+    params: dict[str, Any] = dataclasses.field(default_factory=dict)
+    roundings: list[Node] = dataclasses.field(default_factory=list)
+    summary: str = ""
+    saved_bytes: int | None = None
+    saved_launches: int | None = None
+
+
+def _always(site: Site, context: Context) -> Reason:
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Fusion:
+    """Everything the pass needs to know about one fusion.
+
+    Attributes:
+        name: the name in options and reports, and of the op in `torch.ops.fusion_passes`.
+        doc: one line for `python -m fusion_passes list`.
+        anchors: ATen overloads that start a search; rare ones, so that a graph without them costs nothing.
+        match: proves the meaning of the subgraph at an anchor and returns a Site, None if the anchor is of no
+            interest at all, or raises `NearMiss` with the reason.
+        replace: builds the fused call beside the old nodes and returns the node that takes the place of
+            `site.replaced`, with the same shape, strides and dtype. New nodes go before the insertion point that
+            the caller has set.
+        guard: why the site must be left alone although it matches, or None.
+        profit: why replacing it would not pay, or None.
+        dtypes: floating dtypes that the leaves may have.
+        absorbs: names of fusions that are part of this one and are not attempted on what it has taken.
+        default: whether "default" in the `fusions` setting includes it.
+        tolerance: relative error (L2 norm) that `verify` allows between the subgraph and the fused op.
+    """
+
+    name: str
+    doc: str
+    anchors: tuple[torch._ops.OpOverload, ...]
+    match: Callable[[Node, Context], Site | None]
+    replace: Callable[[Site, Graph], Node]
+    guard: Callable[[Site, Context], Reason] = _always
+    profit: Callable[[Site, Context], Reason] = _always
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
+    absorbs: tuple[str, ...] = ()
+    default: bool = True
+    tolerance: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise ValueError(f"a fusion's name must be an identifier, got {self.name!r}")
+        if not self.anchors:
+            raise ValueError(f"fusion {self.name!r} names no anchors: give at least one ATen overload to start from")
+        for anchor in self.anchors:
+            if not isinstance(anchor, torch._ops.OpOverload):
+                raise TypeError(
+                    f"fusion {self.name!r}: anchors must be overloads such as torch.ops.aten.cumsum.default, "
+                    f"got {anchor!r}"
+                )

@@ -1,0 +1,145 @@
+"""The account of what was and was not fused, as text, JSON or HTML."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from fusion_passes import records
+from fusion_passes.records import Outcome, Record
+
+_TITLES: dict[Outcome, str] = {
+    "fused": "Fused",
+    "refused": "Refused: the subgraph means the same, but was left alone",
+    "near_miss": "Near misses: looked at and found to be something else",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a compile, or all compiles of this process, did.
+
+    Attributes:
+        records: every candidate site.
+        notes: remarks on the whole, such as the GPU that was assumed or a graph break.
+    """
+
+    records: tuple[Record, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of fused sites by the name of the fusion; names without a site are absent and count as 0."""
+        return _Counts(Counter(record.fusion for record in self.fused))
+
+    @property
+    def fused(self) -> list[Record]:
+        """Sites that were replaced by a fused op."""
+        return self._of("fused")
+
+    @property
+    def refusals(self) -> list[Record]:
+        """Sites that mean what a fusion computes and were left alone, with the reason."""
+        return self._of("refused")
+
+    @property
+    def near_misses(self) -> list[Record]:
+        """Anchors around which the graph computes something else, with the place where the likeness ends."""
+        return self._of("near_miss")
+
+    def _of(self, outcome: Outcome) -> list[Record]:
+        return [record for record in self.records if record.outcome == outcome]
+
+    def __str__(self) -> str:
+        if not self.records:
+            return "\n".join(["fusion_passes: no candidate for a fusion was found", *self.notes])
+        total = ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items())) or "nothing"
+        lines = [f"fusion_passes: fused {total}"]
+        for outcome, title in _TITLES.items():
+            group = Counter(self._of(outcome))
+            if group:
+                lines += ["", title, *_table(group)]
+        return "\n".join([*lines, *([""] if self.notes else []), *self.notes])
+
+    def to_json(self) -> str:
+        """The report as a JSON object with the keys counts, fused, refusals, near_misses and notes."""
+        data = {
+            "counts": dict(self.counts),
+            "fused": [dataclasses.asdict(r) for r in self.fused],
+            "refusals": [dataclasses.asdict(r) for r in self.refusals],
+            "near_misses": [dataclasses.asdict(r) for r in self.near_misses],
+            "notes": list(self.notes),
+        }
+        return json.dumps(data, indent=2)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the report as one self-contained HTML page and return its path."""
+        body = [f"<h1>fusion_passes</h1><p>Fused: {html.escape(_total(self))}</p>"]
+        for outcome, title in _TITLES.items():
+            group = Counter(self._of(outcome))
+            if group:
+                rows = "".join(_html_row(record, count) for record, count in group.items())
+                head = "<tr><th>sites</th><th>fusion</th><th>where</th><th>what or why</th><th>saved per call</th></tr>"
+                body.append(f'<h2 class="{outcome}">{html.escape(title)}</h2><table>{head}{rows}</table>')
+        body += [f"<p>{html.escape(note)}</p>" for note in self.notes]
+        page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>fusion_passes report</title>{_STYLE}'
+        target = Path(path)
+        target.write_text(page + "<body>" + "".join(body) + "</body></html>", encoding="utf-8")
+        return target
+
+
+class _Counts(dict[str, int]):
+    """Counts in which a fusion without a site reads as 0."""
+
+    def __missing__(self, key: str) -> int:
+        return 0
+
+
+def report() -> Report:
+    """What all compiles of this process did so far, whether compiled now or taken from a warm cache."""
+    return Report(tuple(records.recall()))
+
+
+def saved(record: Record) -> str:
+    """The estimated savings of a record in words, or "" where none were estimated."""
+    parts = []
+    if record.saved_bytes is not None:
+        parts.append(f"{record.saved_bytes / 1e6:,.1f} MB")
+    if record.saved_launches:
+        parts.append(f"{record.saved_launches} launch{'es' if record.saved_launches > 1 else ''}")
+    return ", ".join(parts)
+
+
+def _total(report: Report) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(report.counts.items())) or "nothing"
+
+
+def _table(group: Iterable[Record] | Counter[Record]) -> list[str]:
+    lines = []
+    for record, count in Counter(group).items():
+        times = f" x{count}" if count > 1 else ""
+        lines.append(f"  {record.fusion}{times}  {_short(record.source) or record.node}")
+        lines.append(f"      {record.reason}" + (f"; saves {saved(record)} per call" if saved(record) else ""))
+    return lines
+
+
+def _short(source: str) -> str:
+    """The last three parts of a source path: enough to find it, short enough to read."""
+    return "/".join(source.replace("\\", "/").split("/")[-3:])
+
+
+def _html_row(record: Record, count: int) -> str:
+    cells = (str(count), record.fusion, record.source or record.node, record.reason, saved(record))
+    return "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+
+
+_STYLE = (
+    "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}"
+    "table{border-collapse:collapse;width:100%}th,td{text-align:left;vertical-align:top;padding:.4rem .6rem;"
+    "border-bottom:1px solid #ddd}td:nth-child(3){font-family:ui-monospace,monospace;font-size:13px;word-break:"
+    "break-all}h2.fused{color:#14632c}h2.refused{color:#8a5a00}h2.near_miss{color:#555}</style>"
+)
