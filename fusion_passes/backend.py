@@ -1,0 +1,121 @@
+"""The doors: the `fusion_passes` backend, `options()` and `enabled()`.
+
+All three do the same: they put a `FusionPass` behind whatever already sits in Inductor's
+`post_grad_custom_pre_pass`. Ops are imported here, with the package, because a graph from a warm cache calls
+them in a process in which no pass ever ran.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch._inductor import config as inductor_config
+from torch.fx import GraphModule
+
+from fusion_passes import ops  # noqa: F401  (registers the ops)
+from fusion_passes.graph_pass import FusionPass, compose
+from fusion_passes.settings import snapshot, split_options
+
+log = logging.getLogger(__name__)
+
+SLOT = "post_grad_custom_pre_pass"
+
+
+def fusion_passes_backend(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph with Inductor and the fusion pass; the backend behind `backend="fusion_passes"`.
+
+    Args:
+        gm: the graph that Dynamo captured.
+        example_inputs: its inputs.
+        mode: any mode of Inductor ("default", "reduce-overhead", "max-autotune", ...).
+        options: any of Inductor's options, and `fusion_passes.<setting>` for the settings of this package.
+
+    Raises:
+        ValueError: an unknown `fusion_passes.*` option or fusion name; the message lists the valid ones.
+        TypeError: a setting has the wrong type.
+        RuntimeError: an option that Inductor does not know.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    own, inductor_options = split_options(options)
+    patches = dict(torch._TorchCompileInductorWrapper(mode, inductor_options, None).config)
+    settings = snapshot(own)
+    if settings.enabled is not False:
+        _warn_if_out_of_process()
+        slot = patches.get(SLOT, getattr(inductor_config, SLOT))
+        patches[SLOT] = compose(slot, FusionPass(settings))
+    return compile_fx(gm, example_inputs, config_patches=patches)
+
+
+def _reset() -> None:
+    # What `torch._dynamo.reset()` does for the stock backend: CUDA graphs of dropped code are freed.
+    from torch._inductor import config
+
+    if config.triton.cudagraph_trees and torch.cuda.is_available():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
+
+
+fusion_passes_backend.reset = _reset  # type: ignore[attr-defined]
+
+
+def options(**own: Any) -> dict[str, Any]:
+    """Options that give a plain Inductor compile the fusion pass, to merge into `options=`.
+
+    Keyword arguments are settings by their short names: `options(fusions="default,-gate_cumsum", strict=True)`.
+    Passes that Inductor's configuration holds at the time of the call are kept.
+
+    Raises:
+        ValueError: an unknown setting or fusion name.
+        TypeError: a setting has the wrong type.
+    """
+    settings = snapshot(split_options({f"fusion_passes.{name}": value for name, value in own.items()})[0])
+    slot = getattr(inductor_config, SLOT)
+    if settings.enabled is False:
+        return {SLOT: slot} if slot is not None else {}
+    _warn_if_out_of_process()
+    return {SLOT: compose(slot, FusionPass(settings))}
+
+
+@contextlib.contextmanager
+def enabled(**own: Any) -> Iterator[None]:
+    """Give every Inductor compile that happens inside the block the fusion pass.
+
+    For frameworks that insist on `backend="inductor"`. `torch.compile` compiles at the first call, so that call
+    has to be inside the block. Keyword arguments are settings, as for `options`.
+    """
+    with inductor_config.patch(options(**own)):
+        yield
+
+
+def install() -> None:
+    """Put the pass into Inductor's configuration for good, as the setting `enabled=True` asks on import."""
+    setattr(inductor_config, SLOT, options()[SLOT])
+
+
+_warned = False
+
+
+def _warn_if_out_of_process() -> None:
+    """Say once that Inductor's subprocess compile mode, which never pickles custom passes, drops ours."""
+    global _warned
+    from torch._inductor import compile_fx
+
+    mode = getattr(getattr(compile_fx, "fx_compile_mode", None), "name", "NORMAL")
+    if mode == "SUBPROCESS" and not _warned:
+        _warned = True
+        log.warning(
+            "TORCHINDUCTOR_FX_COMPILE_MODE=SUBPROCESS compiles in another process, to which torch does not hand "
+            "custom passes: nothing will be fused. Unset it to use fusion_passes."
+        )

@@ -1,0 +1,95 @@
+"""`explain`: what would be fused in a model, without code generation, caches or a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
+from torch.fx import Graph, GraphModule
+
+from fusion_passes import arch
+from fusion_passes.graph_pass import FusionPass
+from fusion_passes.records import Record
+from fusion_passes.reports import Report
+from fusion_passes.settings import Settings, snapshot
+
+
+def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """Run `f(*args, **kwargs)` once, trace it, and report what the fusion pass does with its graphs.
+
+    Nothing is generated, compiled or cached, and the graphs run eagerly as they were traced. Tensors may be on the
+    CPU: the report is then the one for the same call on the GPU that the `arch` setting names (an H200 by default).
+    The settings in force apply; use `fusion_passes.config.patch(...)` around the call for others. For dynamic
+    shapes pass `torch.compile(f, dynamic=True)` or mark the inputs with `torch._dynamo.mark_dynamic`.
+
+    Like `torch._dynamo.explain`, this resets Dynamo before and after: compiled code is dropped and compiled again
+    at its next call.
+
+    Args:
+        f: a module or function, compiled by `torch.compile` or not.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+
+    Returns:
+        The report; `print(report)` is a table, `report.counts["gate_cumsum"]` the number of sites of one fusion.
+    """
+    settings = snapshot()
+    explained = FusionPass(settings, as_if_cuda=True)
+    f, dynamic = _unwrap(f)
+    torch._dynamo.reset()
+    breaks = sum(counters["graph_break"].values())
+    try:
+        torch.compile(f, backend=_tracing_backend(explained), dynamic=dynamic)(*args, **kwargs)
+    finally:
+        torch._dynamo.reset()
+    breaks = sum(counters["graph_break"].values()) - breaks
+    return Report(tuple(explained.found), tuple(_notes(settings, explained.found, breaks)))
+
+
+def _tracing_backend(explained: FusionPass) -> Callable[..., Any]:
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.fx_passes.post_grad import view_to_reshape
+
+    def look(gm: GraphModule, example_inputs: Sequence[Any], **unused: Any) -> Callable[..., Any]:
+        copy = _copy(gm)
+        view_to_reshape(copy)
+        explained(copy.graph)
+        return make_boxed_func(gm.forward)
+
+    def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        with inductor_config.patch(force_disable_caches=True):
+            return compile_fx(gm, example_inputs, inner_compile=look)
+
+    return backend
+
+
+def _copy(gm: GraphModule) -> GraphModule:
+    graph = Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return GraphModule(gm, graph)
+
+
+def _unwrap(f: Callable[..., Any]) -> tuple[Callable[..., Any], bool | None]:
+    """The function or module behind a `torch.compile` wrapper, and whether it was compiled for dynamic shapes."""
+    if isinstance(f, torch._dynamo.eval_frame.OptimizedModule):
+        return f._orig_mod, getattr(f.dynamo_ctx, "_dynamic", None)
+    inner = getattr(f, "_torchdynamo_orig_callable", None)
+    if inner is None:
+        return f, None
+    # The wrapper of a compiled function keeps its settings in the object that it closes over.
+    cells = [cell.cell_contents for cell in getattr(f, "__closure__", None) or ()]
+    return inner, next((cell._dynamic for cell in cells if hasattr(cell, "_dynamic")), None)
+
+
+def _notes(settings: Settings, found: Sequence[Record], breaks: int) -> list[str]:
+    notes = []
+    if not torch.cuda.is_available():
+        assumed = arch.by_name(settings.arch)
+        notes.append(f"No GPU on this machine: a {assumed.gpu} ({assumed.name}) is assumed.")
+    if breaks:
+        notes.append(f"The call has {breaks} graph break{'s' if breaks > 1 else ''}: sites are found within a graph only.")
+    return notes

@@ -1,0 +1,201 @@
+"""The pass that Inductor runs on every post-grad graph: find, check, rewrite, record."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._logging import trace_structured
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx import Graph, Node
+from torch.fx.passes.graph_transform_observer import GraphTransformObserver
+
+from fusion_passes import guards, records, registry, rewrite, verify
+from fusion_passes.fingerprint import fingerprint
+from fusion_passes.fusion import Context, Fusion, NearMiss, Refusal, Site
+from fusion_passes.records import Outcome, Record
+from fusion_passes.settings import Settings
+from fusion_passes.sizes import Unsupported, assignments
+
+log = logging.getLogger(__name__)
+
+
+class FusionPass(CustomGraphPass):
+    """Replaces the sites of the selected fusions in a post-grad graph; see `fusion_passes.fusion` for the stages.
+
+    The settings are a snapshot taken when the pass is made, so that a graph compiled later, in another thread or
+    for the backward pass, is treated alike. Two passes with equal settings are equal.
+    """
+
+    def __init__(self, settings: Settings, *, as_if_cuda: bool = False) -> None:
+        self.settings = settings
+        self.as_if_cuda = as_if_cuda
+        self.fusions = registry.select(settings.fusions)
+        self.found: list[Record] = []
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FusionPass) and (self.settings, self.as_if_cuda, self.fusions) == (
+            other.settings,
+            other.as_if_cuda,
+            other.fusions,
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.settings, self.as_if_cuda))
+
+    def uuid(self) -> str:
+        """The part of Inductor's cache keys that stands for us."""
+        return fingerprint(self.settings, self.fusions)
+
+    def __call__(self, graph: Graph) -> None:
+        try:
+            self._run(graph)
+        except Exception:
+            if self.settings.strict:
+                raise
+            log.warning("fusion_passes failed on a graph, which is compiled without it", exc_info=True)
+
+    def _run(self, graph: Graph) -> None:
+        found: list[Record] = []
+        for fusion in self.fusions:
+            anchors = [n for target in fusion.anchors for n in graph.find_nodes(op="call_function", target=target)]
+            if anchors:
+                # The observer lets TORCH_LOGS, the bisector and `disabled_passes` name each fusion.
+                observer = GraphTransformObserver(graph.owning_module, f"fusion_passes.{fusion.name}", "post_grad_passes")
+                observer.apply_graph_pass(functools.partial(self._apply, fusion, anchors, found))
+        if any(record.outcome == "fused" for record in found):
+            graph.eliminate_dead_code()
+            graph.lint()
+        if found:
+            self._publish(graph, found)
+
+    def _apply(self, fusion: Fusion, anchors: list[Node], found: list[Record], graph: Graph) -> None:
+        with unset_fake_temporarily():
+            context = Context(graph, self.settings, [])
+            for anchor in anchors:
+                reason = self._device_reason(anchor)
+                if reason is not None:
+                    found.append(_record(fusion, "near_miss", reason, anchor))
+                    continue
+                context.sizes = context.sizes or assignments(graph)
+                record = self._attempt(fusion, anchor, context)
+                if record is not None:
+                    found.append(record)
+
+    def _device_reason(self, anchor: Node) -> str | None:
+        value = anchor.meta.get("val")
+        device = value.device.type if isinstance(value, torch.Tensor) else "cuda"
+        if device == "cuda" or self.as_if_cuda or (device == "cpu" and self.settings.reference_on_cpu):
+            return None
+        hint = "; set fusion_passes.reference_on_cpu to run the reference there" if device == "cpu" else ""
+        return f"not looked at: the tensors are on {device}, and the kernels run on CUDA GPUs{hint}"
+
+    def _attempt(self, fusion: Fusion, anchor: Node, context: Context) -> Record | None:
+        """One candidate through all stages; None if it is of no interest to the fusion."""
+        try:
+            site = fusion.match(anchor, context)
+            if site is None:
+                return None
+            reason = guards.common_reason(fusion, site, context) or fusion.guard(site, context)
+            if reason is None and not self.settings.always_profitable:
+                reason = fusion.profit(site, context)
+            if reason is not None:
+                return _record(fusion, "refused", reason, anchor)
+            build = functools.partial(self._build, fusion, site, context)
+            rewrite.replace(context.graph, site.replaced, build, context.sizes)
+        except NearMiss as miss:
+            return _record(fusion, "near_miss", str(miss), anchor)
+        except Unsupported as unsupported:
+            return _record(fusion, "near_miss", f"cannot be evaluated: {unsupported}", anchor)
+        except (Refusal, rewrite.MetadataMismatch) as refusal:
+            return _record(fusion, "refused", str(refusal), anchor)
+        except Exception as error:
+            if self.settings.strict:
+                raise
+            log.warning("fusion %s failed at %s, which is left alone", fusion.name, anchor.name, exc_info=True)
+            return _record(fusion, "refused", f"internal error: {type(error).__name__}: {error}", anchor)
+        return _record(fusion, "fused", site.summary, anchor, site)
+
+    def _build(self, fusion: Fusion, site: Site, context: Context) -> Node:
+        new = fusion.replace(site, context.graph)
+        if self.settings.verify:
+            verify.check(fusion, site, new, context.sizes[0])
+        return new
+
+    def _publish(self, graph: Graph, found: list[Record]) -> None:
+        key = hashlib.sha256("".join(n.name for n in graph.nodes).encode()).hexdigest()[:8]
+        found = [dataclasses.replace(record, graph=key) for record in found]
+        self.found += found
+        if not self.as_if_cuda:
+            records.remember(found)
+        for record in found:
+            log.debug("%s %s at %s: %s", record.fusion, record.outcome, record.source or record.node, record.reason)
+        fused = sum(record.outcome == "fused" for record in found)
+        log.info("graph %s: %d of %d candidate sites fused", key, fused, len(found))
+        trace_structured(
+            "artifact",
+            metadata_fn=lambda: {"name": "fusion_passes_report", "encoding": "json"},
+            payload_fn=lambda: json.dumps([dataclasses.asdict(record) for record in found]),
+        )
+
+
+class ComposedPass(CustomGraphPass):
+    """Several passes in one slot, for torch versions whose slots hold a single callable."""
+
+    def __init__(self, *passes: Any) -> None:
+        self.passes = passes
+
+    def __call__(self, graph: Graph) -> None:
+        for graph_pass in self.passes:
+            graph_pass(graph)
+
+    def uuid(self) -> Any | None:
+        """The members' uuids; None, which bypasses the caches, if any member has none."""
+        uuids = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.passes]
+        return None if any(not uuid for uuid in uuids) else tuple(uuids)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ComposedPass) and self.passes == other.passes
+
+    def __hash__(self) -> int:
+        return hash(self.passes)
+
+
+def members(slot: Any) -> list[Any]:
+    """The passes that a slot of Inductor's configuration holds, in order."""
+    if slot is None:
+        return []
+    if isinstance(slot, ComposedPass):
+        return list(slot.passes)
+    return list(slot) if isinstance(slot, (list, tuple)) else [slot]
+
+
+def compose(slot: Any, ours: FusionPass) -> Any:
+    """A value for the slot in which `ours` runs after the passes that it holds already.
+
+    A pass of ours that another door put there before is replaced, so that no graph is treated twice.
+    """
+    passes = [p for p in members(slot) if not isinstance(p, FusionPass)] + [ours]
+    if len(passes) == 1:
+        return ours
+    if hasattr(torch._inductor.custom_graph_pass, "get_custom_graph_passes"):
+        return passes
+    return ComposedPass(*passes)
+
+
+def _record(fusion: Fusion, outcome: Outcome, reason: str, anchor: Node, site: Site | None = None) -> Record:
+    return Record(
+        fusion.name,
+        outcome,
+        reason,
+        records.source_of(anchor),
+        anchor.name,
+        saved_bytes=site.saved_bytes if site else None,
+        saved_launches=site.saved_launches if site else None,
+    )

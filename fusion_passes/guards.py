@@ -1,0 +1,111 @@
+"""Legality that holds for every fusion: devices, dtypes, roundings, escapes and mutation, each with a reason."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch._inductor import config as inductor_config
+from torch.fx import Node
+
+from fusion_passes import cone
+from fusion_passes.fusion import Context, Fusion, Reason, Site
+from fusion_passes.records import source_of
+
+
+def common_reason(fusion: Fusion, site: Site, context: Context) -> Reason:
+    """Why the site must be left alone, whatever the fusion, or None."""
+    return (
+        devices(site)
+        or dtypes(fusion, site)
+        or roundings(site)
+        or escapes(site, context)
+        or mutations(site, context)
+    )
+
+
+def devices(site: Site) -> Reason:
+    """All leaves and the result live on one device."""
+    found = {str(n.meta["val"].device) for n in (*site.leaves.values(), site.replaced)}
+    return f"its tensors live on different devices: {', '.join(sorted(found))}" if len(found) > 1 else None
+
+
+def dtypes(fusion: Fusion, site: Site) -> Reason:
+    """Every leaf has a dtype that the fused op reads."""
+    for name, leaf in site.leaves.items():
+        dtype = leaf.meta["val"].dtype
+        if dtype not in fusion.dtypes:
+            allowed = ", ".join(_name(d) for d in fusion.dtypes)
+            return f"{name} is {_name(dtype)}; the fused op reads {allowed}"
+    return None
+
+
+def roundings(site: Site) -> Reason:
+    """Intermediate roundings may go where Inductor itself drops them, and only there."""
+    if site.roundings and inductor_config.emulate_precision_casts:
+        node = site.roundings[0]
+        return (
+            f"an intermediate is rounded to {_name(node.meta['val'].dtype)} ({node.name}), which the fused op does "
+            "not do and emulate_precision_casts asks to keep"
+        )
+    return None
+
+
+def escapes(site: Site, context: Context) -> Reason:
+    """No large intermediate of the site is needed by anything else.
+
+    Small ones (an eighth of the result or less, such as a per-head factor) are simply computed again.
+    """
+    sizes = context.sizes[0]
+    large = sizes.numel(site.replaced) // 8
+    consumed = site.interior | {site.anchor, site.replaced}
+    for node in sorted(site.interior - {site.replaced}):
+        if not isinstance(node.meta.get("val"), torch.Tensor) or sizes.numel(node) <= large:
+            continue
+        if any(cone.carries(node, leaf) for leaf in site.leaves.values()):
+            continue
+        for user in node.users:
+            if user in consumed or user.target is operator.getitem:
+                continue
+            what = f"an intermediate ({node.name}, {_what(node)})"
+            if user.op == "output":
+                return f"{what} is returned by the graph or saved for the backward pass"
+            where = source_of(user)
+            return f"{what} is used elsewhere, by {user.name}{f' at {where}' if where else ''}"
+    return None
+
+
+def mutations(site: Site, context: Context) -> Reason:
+    """No leaf's memory is written between the first read in the subgraph and the place of the fused op."""
+    writers = [n for n in context.graph.nodes if _mutates(n)]
+    if not writers:
+        return None
+    order = {node: i for i, node in enumerate(context.graph.nodes)}
+    first = min(order[n] for n in site.interior | {site.anchor})
+    storages = {_storage(leaf): name for name, leaf in site.leaves.items()}
+    for writer in writers:
+        if first < order[writer] < order[site.replaced]:
+            for node in writer.all_input_nodes:
+                if _storage(node) in storages:
+                    return f"{storages[_storage(node)]} is written by {writer.name} between its read and its use"
+    return None
+
+
+def _mutates(node: Node) -> bool:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    return isinstance(target, torch._ops.HigherOrderOperator) and "mutation" in target.name()
+
+
+def _storage(node: Node) -> int | None:
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
+def _what(node: Node) -> str:
+    return getattr(node.target, "__name__", str(node.target)).split(".")[0]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,96 @@
+"""The meaning check: evaluate a subgraph at random places and compare it with what a kernel computes.
+
+What agreement establishes. Leaves are filled with values drawn by coordinate, every leaf with a seed of its own, so
+that a value tells which element of which leaf was read. A subgraph and a formula that agree at some hundreds of
+random places, on two independent sets of draws and under every admissible assignment of sizes, read the same
+elements and combine them in the same way. All arithmetic is float64, so that a disagreement of 1e-9 already
+counts; float32 kernels round a hundred times more coarsely.
+
+What it does not establish, and what closes the gap:
+- Branches that no draw enters. Draws mix a wide uniform range with special values (zero, large of either sign,
+  infinities, NaN); a formula with thresholds is tried with the very constants that the subgraph compares with.
+- Places that no sample visits. Axes are therefore not sampled but walked from end to end (`access.factor_axes`),
+  and padded tails get samples of their own.
+- Rounding. Casts to narrower floats are identities here; they are reported, and `guards.roundings` decides.
+  Casts to integers and to float8 are carried out and show up as disagreement.
+- Other sizes than those tried. Sizes enter only through views, whose structure must be the same under every
+  assignment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fusion_passes.access import Access, trace_access
+from fusion_passes.evaluate import Evaluator
+from fusion_passes.sizes import Sizes
+from fusion_passes.views import ravel
+
+Draw = Callable[[Tensor], Tensor]
+
+RELATIVE = 1e-9
+
+
+@dataclasses.dataclass
+class Samples:
+    """A subgraph evaluated at random places.
+
+    Attributes:
+        values: value of the root at each place, float64.
+        leaves: the value of each leaf that the place reads, float64; undefined where `valid` is False.
+        valid: whether the place reads the leaf at all, or only padding.
+        roundings: casts to narrower floats that were treated as identities.
+    """
+
+    values: Tensor
+    leaves: dict[Node, Tensor]
+    valid: dict[Node, Tensor]
+    roundings: list[Node]
+
+
+def sample(root: Node, draws: Mapping[Node, Draw], sizes: Sizes, count: int, seed: int) -> Samples:
+    """Evaluate `root` at `count` random places, with each leaf filled by its draw.
+
+    Raises:
+        Unsupported: a node cannot be evaluated, or a leaf is read at two different places for one result.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = sizes.shape(root)
+    coords = [torch.randint(0, max(n, 1), (count,), generator=generator) for n in shape]
+    evaluator = Evaluator(draws, sizes)
+    values = evaluator.values(root, ravel(coords, shape)).to(torch.float64)
+    accesses: dict[Node, Access] = {leaf: trace_access(root, leaf, coords, sizes) for leaf in draws}
+    leaves = {
+        leaf: draw(ravel([c.clamp_min(0) for c in accesses[leaf].coords], sizes.shape(leaf))).to(torch.float64)
+        for leaf, draw in draws.items()
+    }
+    return Samples(values, leaves, {leaf: a.valid for leaf, a in accesses.items()}, list(evaluator.roundings))
+
+
+def solve_scale(values: Tensor, reference: Tensor) -> float | None:
+    """The number s for which values = s * reference, to 12 digits, or None where there is no telling."""
+    usable = values.isfinite() & reference.isfinite() & (reference.abs() > 1e-3)
+    if int(usable.sum()) < 8:
+        return None
+    scale = float((values[usable] / reference[usable]).median())
+    return float(f"{scale:.12g}") if math.isfinite(scale) and scale != 0 else None
+
+
+def agree(values: Tensor, reference: Tensor, magnitude: Tensor | float = 1.0) -> bool:
+    """Are two sets of values the same up to float64 rounding?
+
+    NaN agrees with NaN and an infinity with itself. `magnitude` is the size of the terms that cancel in either
+    spelling: differences of 1e-12 of it do not count.
+    """
+    special = ~(values.isfinite() & reference.isfinite())
+    same = (values == reference) | (values.isnan() & reference.isnan())
+    if not bool(same[special].all()):
+        return False
+    bound = RELATIVE * reference.abs() + 1e-12 * torch.as_tensor(magnitude, dtype=torch.float64)
+    return bool(((values - reference).abs() <= bound)[~special].all())

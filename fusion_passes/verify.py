@@ -1,0 +1,83 @@
+"""The `verify` setting: run a matched subgraph and its replacement on random inputs before the graph is changed.
+
+Matching proves the meaning of a subgraph; this checks the kernel, on the user's device and at the real shapes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from fusion_passes.fusion import Fusion, Refusal, Site
+from fusion_passes.sizes import Sizes
+
+log = logging.getLogger(__name__)
+
+
+def check(fusion: Fusion, site: Site, new: Node, sizes: Sizes) -> None:
+    """Compare `site.replaced` with `new` on random leaves of the real shapes, strides and dtypes.
+
+    Symbolic sizes take their hints. Nothing is checked for a device that this machine does not have.
+
+    Raises:
+        Refusal: the relative error (L2 norm) exceeds the fusion's tolerance, or the values are NaN in
+            different places.
+    """
+    device = site.replaced.meta["val"].device
+    if device.type == "cuda" and not torch.cuda.is_available():
+        log.info("%s at %s is not verified: this machine has no GPU", fusion.name, site.anchor.name)
+        return
+    generator = torch.Generator(device=device).manual_seed(0)
+    leaves = {leaf: _random_like(leaf, sizes, generator) for leaf in site.leaves.values()}
+    graph = site.anchor.graph
+    with torch.no_grad():
+        expected = run(graph, site.replaced, leaves, sizes).double()
+        actual = run(graph, new, leaves, sizes).double()
+    if not torch.equal(expected.isnan(), actual.isnan()):
+        raise Refusal("verify: the fused op and the subgraph are NaN in different places")
+    error = (actual - expected).nan_to_num().norm() / expected.nan_to_num().norm().clamp_min(1e-30)
+    if error > fusion.tolerance:
+        raise Refusal(
+            f"verify: the fused op differs from the subgraph by {error:.1e} (relative L2), more than the "
+            f"{fusion.tolerance:.0e} that {fusion.name} allows"
+        )
+
+
+def run(graph: Graph, target: Node, leaves: dict[Node, torch.Tensor], sizes: Sizes) -> torch.Tensor:
+    """The value of `target` computed eagerly from the given leaf values."""
+    needed = _ancestors(target, leaves)
+    values: dict[Node, Any] = dict(leaves)
+    for node in graph.nodes:
+        if node not in needed or node in values:
+            continue
+        if isinstance(node.meta.get("val"), (torch.SymInt, int)):
+            values[node] = sizes.of(node)
+            continue
+        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+        values[node] = node.target(*args, **kwargs)
+    return values[target]
+
+
+def _ancestors(target: Node, leaves: Iterable[Node]) -> set[Node]:
+    found: set[Node] = set(leaves)
+    stack = [target]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            if not isinstance(node.meta.get("val"), (torch.SymInt, int)):
+                stack += node.all_input_nodes
+    return found
+
+
+def _random_like(leaf: Node, sizes: Sizes, generator: torch.Generator) -> torch.Tensor:
+    value = leaf.meta["val"]
+    shape, strides = sizes.shape(leaf), sizes.strides(leaf)
+    storage = 1 + sum((n - 1) * s for n, s in zip(shape, strides)) if all(shape) else 0
+    flat = torch.randn(storage, generator=generator, device=value.device, dtype=torch.float32)
+    return flat.to(value.dtype).as_strided(shape, strides)

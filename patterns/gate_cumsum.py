@@ -1,0 +1,339 @@
+"""The gate of a (gated) delta rule, summed up inside each chunk.
+
+Found: any subgraph that ends in a float32 `cumsum` over an axis of 16, 32, 64 or 128 positions and computes
+
+    c[t, h, k] = s * sum of g[t', h, k] over t' <= t in the chunk of t
+    g = -exp(A_log[h]) * softplus(raw + bias)            softplus gate, any beta and threshold
+    g = lower * sigmoid(exp(A_log[h]) * (raw + bias))    bounded gate
+
+whatever the spelling. `raw` is the one tensor that depends on time, `A_log` and `bias` are per head or per
+channel, `s` is solved for. Axes are identified by how the cumsum's input reads its leaves, the formula by
+evaluating it at random places (see `fusion_passes.probe`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fusion_passes import cone, rewrite
+from fusion_passes.access import AxisMap, factor_axes
+from fusion_passes.evaluate import Unsupported
+from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Refusal, Site
+from fusion_passes.layout import Piece, SubAxis, arrange, refine, sub_axes
+from fusion_passes.ops import gate_cumsum as op
+from fusion_passes.patterns._gate import Gate, identify
+from fusion_passes.sizes import Sizes
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+REVERSALS = (aten.flip.default, prims.rev.default)
+MAX_CUTS = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The roles of the axes of the cumsum's input; each lists positions, outermost first."""
+
+    batch: tuple[int, ...]
+    chunk: int | None  # None where there is a single chunk and its axis of size 1 is not told from others
+    time: int
+    head: tuple[int, ...]
+    channel: tuple[int, ...]
+
+
+def match(anchor: Node, context: Context) -> Site | None:
+    """Prove that the cumsum at `anchor` is a chunk-local sum of a gate."""
+    value, root = anchor.meta["val"], anchor.args[0]
+    if value.dim() == 0:
+        return None
+    time = int(anchor.args[1]) % value.dim()
+    chunk_size = _chunk_size(anchor, time)
+    whole = cone.backward(root)
+    if any(node.target in REVERSALS for node in whole.interior):
+        raise NearMiss("the gate is reversed in time before the cumsum, which makes it a sum over later positions")
+    failure: Exception | None = None
+    for raw, leaves, interior in _cuts(root, whole, time, context.sizes[0]):
+        try:
+            gate, axes = _prove(root, raw, leaves, interior, time, chunk_size, context)
+        except (NearMiss, Unsupported) as miss:
+            failure = failure or miss
+            continue
+        return _site(anchor, raw, interior, gate, axes, chunk_size, context)
+    raise failure or NearMiss("no tensor that depends on time was found among its inputs")
+
+
+def _chunk_size(anchor: Node, time: int) -> int:
+    value = anchor.meta["val"]
+    if not value.dtype.is_floating_point:
+        raise NearMiss(f"the cumsum is over {_name(value.dtype)}, not a gate")
+    if value.dtype != torch.float32:
+        raise NearMiss(f"the cumsum accumulates in {_name(value.dtype)}; the kernel in float32")
+    length = value.shape[time]
+    for size in op.CHUNK_SIZES:
+        if statically_known_true(length == size):
+            return size
+    allowed = ", ".join(map(str, op.CHUNK_SIZES))
+    raise NearMiss(f"the cumsum runs over an axis of {length}; the kernel has chunks of {allowed}")
+
+
+def _cuts(root: Node, whole: cone.Cone, time: int, sizes: Sizes) -> Iterator[tuple[Node, list[Node], set[Node]]]:
+    """Candidates for (raw, per-head leaves, interior), those that absorb most first.
+
+    Raw is the only leaf that depends on time: a leaf of the whole cone, read through its last view, or else an
+    intermediate from which on the rest is a gate.
+    """
+    timed = [leaf for leaf in whole.leaves if _depends_on(root, leaf, time, sizes)]
+    if len(timed) == 1:
+        view = cone.last_alias(timed[0], whole.interior)
+        part = cone.backward(root, stop={view})
+        yield view, [leaf for leaf in part.leaves if leaf is not view], part.interior
+    numel = sizes.numel(root)
+    tried = 0
+    for node in sorted(whole.interior):
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not cone.computes(node):
+            continue
+        if not numel // 2 <= sizes.numel(node) <= numel or node is root:
+            continue
+        part = cone.backward(root, stop={node})
+        rest = [leaf for leaf in part.leaves if leaf is not node]
+        if node in part.leaves and len(rest) <= 2 and not any(_depends_on(root, l, time, sizes) for l in rest):
+            yield node, rest, part.interior
+            tried += 1
+        if tried == MAX_CUTS:
+            return
+
+
+def _depends_on(root: Node, leaf: Node, axis: int, sizes: Sizes) -> bool:
+    try:
+        return axis not in factor_axes(root, leaf, sizes).unused
+    except Unsupported:
+        return True
+
+
+def _prove(
+    root: Node, raw: Node, leaves: list[Node], interior: set[Node], time: int, chunk_size: int, context: Context
+) -> tuple[Gate, Axes]:
+    """The gate and the roles of the axes, the same under every admissible assignment of sizes."""
+    if not 1 <= len(leaves) <= 2:
+        names = ", ".join(leaf.name for leaf in leaves) or "none"
+        raise NearMiss(f"a gate has a per-head factor and at most a bias beside its input, found: {names}")
+    proofs = []
+    for sizes in context.sizes:
+        gate = identify(root, raw, leaves, interior, sizes)
+        maps = {leaf: factor_axes(root, leaf, sizes) for leaf in (raw, *leaves)}
+        proofs.append((gate, _roles(root, raw, gate, maps, time, chunk_size, sizes)))
+    if any(proof != proofs[0] for proof in proofs[1:]):
+        raise NearMiss("it is a gate for some sizes only")
+    return proofs[0]
+
+
+def _roles(
+    root: Node, raw: Node, gate: Gate, maps: dict[Node, AxisMap], time: int, chunk_size: int, sizes: Sizes
+) -> Axes:
+    """Tell batch, chunk, time, head and channel axes apart by who reads them and how."""
+    shape = sizes.shape(root)
+    raw_map, factor_map = maps[raw], maps[gate.a_log]
+    chunk = None
+    for composition in raw_map.axes:
+        terms = [(raw_map.atoms[i], coefficient) for i, coefficient in composition.terms]
+        steps = [c for atom, c in terms if atom.root_axis == time]
+        if steps and steps != [1]:
+            raise NearMiss("time is not read in steps of one")
+        if steps:
+            outer = [atom.root_axis for atom, c in terms if c == chunk_size and atom.root_stride == 1]
+            chunk = outer[0] if outer else None
+    used = {axis for axis in range(len(shape)) if shape[axis] > 1 and axis not in raw_map.unused}
+    idle = [axis for axis in range(len(shape)) if shape[axis] > 1 and axis in raw_map.unused and axis != time]
+    if idle:
+        raise NearMiss(f"its input is repeated along an axis of {shape[idle[0]]}")
+    free = sorted(used - {time, chunk})
+    head = tuple(axis for axis in free if axis not in factor_map.unused)
+    biased = {axis for axis in free if gate.bias is not None and axis not in maps[gate.bias].unused}
+    innermost = _innermost(raw, raw_map, sizes)
+    channel = tuple(axis for axis in free if axis not in head and (axis in biased or axis == innermost))
+    batch = tuple(axis for axis in free if axis not in head and axis not in channel)
+    if chunk is None and shape.count(1) < (1 if batch else 2):
+        raise NearMiss(f"the cumsum runs over the whole sequence of {shape[time]}, not over chunks of it")
+    return Axes(batch, chunk, time, head, channel)
+
+
+def _innermost(raw: Node, axis_map: AxisMap, sizes: Sizes) -> int | None:
+    """The root axis whose steps are next to one another in raw's memory."""
+    strides = sizes.strides(raw)
+    for composition, stride in zip(axis_map.axes, strides):
+        for index, coefficient in composition.terms:
+            if stride * coefficient == 1:
+                return axis_map.atoms[index].root_axis
+    return None
+
+
+def _site(
+    anchor: Node, raw: Node, interior: set[Node], gate: Gate, axes: Axes, chunk_size: int, context: Context
+) -> Site:
+    replaced, scale = _trailing_scale(anchor)
+    leaves = {"raw": raw, "a_log": gate.a_log} | ({"bias": gate.bias} if gate.bias is not None else {})
+    shape = context.sizes[0].shape(anchor)
+    heads = math.prod(shape[a] for a in axes.head)
+    channels = math.prod(shape[a] for a in axes.channel)
+    per = f"{heads} heads x {channels} channels" if axes.channel else f"{heads} heads, one gate each"
+    form = "softplus gate" if gate.lower_bound is None else "bounded gate"
+    return Site(
+        anchor=anchor,
+        replaced=replaced,
+        leaves=leaves,
+        interior=interior | {anchor, replaced},
+        params={"gate": dataclasses.replace(gate, scale=gate.scale * scale), "axes": axes, "chunk_size": chunk_size,
+                "sizes": context.sizes[0]},
+        roundings=gate.roundings,
+        summary=f"{form} of {_name(raw.meta['val'].dtype)}, {per}, chunks of {chunk_size}, times {gate.scale * scale:.6g}",
+    )
+
+
+def _trailing_scale(anchor: Node) -> tuple[Node, float]:
+    """A multiplication of the sums by a number that is their only use, folded into the scale."""
+    users = list(anchor.users)
+    if len(users) == 1 and users[0].target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
+        user = users[0]
+        other = user.args[1] if user.args[0] is anchor else user.args[0]
+        if isinstance(other, (int, float)) and not isinstance(other, bool) and math.isfinite(other) and other:
+            divides = "div" in user.target.__name__
+            if not divides:
+                return user, float(other)
+            if user.args[0] is anchor:
+                return user, 1.0 / other
+    return anchor, 1.0
+
+
+def guard(site: Site, context: Context) -> Reason:
+    """The kernel is compiled for a fixed number of heads and channels; only batch and tokens may be symbolic."""
+    shape = site.anchor.meta["val"].shape
+    axes = site.params["axes"]
+    for what, positions in (("heads", axes.head), ("channels", axes.channel)):
+        if not all(isinstance(shape[axis], int) for axis in positions):
+            return f"its number of {what} is symbolic; the kernel is compiled for a fixed number"
+    return None
+
+
+def profit(site: Site, context: Context) -> Reason:
+    """Leave the site alone where raw would have to be written to memory just for the fused op."""
+    raw = site.leaves["raw"]
+    if cone.is_transparent(raw) and cone.computes(raw):
+        name = getattr(raw.target, "__name__", str(raw.target)).split(".")[0]
+        return (
+            f"the gate's input is computed by a pointwise node ({name}, {raw.name}), which Inductor fuses with the "
+            "gate; the fused op would force it to memory"
+        )
+    return None
+
+
+def replace(site: Site, graph: Graph) -> Node:
+    """`torch.ops.fusion_passes.gate_cumsum` on views of the leaves, viewed as the shape that the graph had."""
+    gate, axes, sizes = site.params["gate"], site.params["axes"], site.params["sizes"]
+    root = site.anchor.args[0]
+    maps = {name: factor_axes(root, leaf, sizes) for name, leaf in site.leaves.items()}
+    pieces = refine(list(maps.values()), root, sizes)
+    times = frozenset({axes.time} | ({axes.chunk} if axes.chunk is not None else set()))
+    heads = [p for axis in axes.head for p in pieces[axis]]
+    channels = [p for axis in axes.channel for p in pieces[axis]]
+    parts = sub_axes(maps["raw"], pieces, [times])
+    groups, rest = _head_groups(parts, heads)
+    batch = [p for p in parts if p.pieces[0].axis in axes.batch]
+    clock = [p for p in parts if p.pieces[0].axis in times]
+    lanes = _in_order(parts, channels)
+    raw = arrange(graph, site.leaves["raw"], parts, [batch, clock, groups, rest, lanes])
+    counts = [math.prod(q.size for p in group for q in p.pieces) for group in (groups, rest, lanes)]
+    small = [
+        _per_head(graph, site.leaves[name], maps[name], pieces, heads, channels, counts) if name in maps else None
+        for name in ("a_log", "bias")
+    ]
+    chunks = 1 if axes.chunk is None else rewrite.known_size(graph, root, axes.chunk)
+    order = sizes.strides(site.replaced)
+    memory = sorted((a for a, n in enumerate(sizes.shape(root)) if n > 1), key=lambda a: -order[a])
+    layout = _layout(axes, memory)
+    out = rewrite.call(
+        graph, torch.ops.fusion_passes.gate_cumsum.default, raw, *small, chunks, site.params["chunk_size"],
+        gate.lower_bound, gate.scale, gate.beta, gate.threshold, gate.pad_gate, layout, None, None,
+    )
+    return _as_in_graph(graph, out, layout, axes, memory, root)
+
+
+def _head_groups(parts: list[SubAxis], heads: list[Piece]) -> tuple[list[SubAxis], list[SubAxis]]:
+    """The head axes as groups and heads within a group; one of them is empty where one stride serves all heads."""
+    found = _in_order(parts, heads)
+    if len(found) <= 1:
+        return [], found
+    if len(found) == 2:
+        return [found[0]], [found[1]]
+    raise Refusal(f"its heads are spread over {len(found)} axes; the kernel reads two")
+
+
+def _in_order(parts: list[SubAxis], wanted: list[Piece]) -> list[SubAxis]:
+    return [part for piece in wanted for part in parts if part.pieces == (piece,)]
+
+
+def _per_head(
+    graph: Graph, leaf: Node, axis_map: AxisMap, pieces: dict[int, list[Piece]], heads: list[Piece],
+    channels: list[Piece], counts: list[int],
+) -> Node:
+    """A per-head or per-channel leaf as [groups, heads per group, channels], with zero strides where it repeats."""
+    parts = sub_axes(axis_map, pieces)
+    grouped = [heads[:1], heads[1:]] if len(heads) == 2 else [[], heads]
+    view = arrange(graph, leaf, parts, [_in_order(parts, group) for group in (*grouped, channels)])
+    return rewrite.call(graph, aten.expand.default, view, counts)
+
+
+def _layout(axes: Axes, memory: list[int]) -> str:
+    """The order of the output's axes in memory, as the op spells it."""
+    role = {**dict.fromkeys(axes.batch, "b"), **dict.fromkeys(axes.head, "h"), **dict.fromkeys(axes.channel, "k")}
+    role |= {axes.time: "c"} | ({axes.chunk: "n"} if axes.chunk is not None else {})
+    runs = "".join(letter for letter, _ in itertools.groupby(role[axis] for axis in memory))
+    ascending = all(list(g) == sorted(g) for g in ([a for a in memory if role[a] == x] for x in "bhk"))
+    if len(set(runs)) < len(runs) or not ascending:
+        raise Refusal("its batch, head or channel axes are not next to one another in the result")
+    return "".join(letter for letter in "bnhkc" if letter not in runs) + runs
+
+
+def _as_in_graph(graph: Graph, out: Node, layout: str, axes: Axes, memory: list[int], root: Node) -> Node:
+    """View the op's result, which lies in memory order, as the shape and axis order that the graph has."""
+    shape = root.meta["val"].shape
+    single = {"n": axes.chunk, "c": axes.time, "b": axes.batch, "h": axes.head, "k": axes.channel}
+    idle = [axis for axis in range(len(shape)) if axis not in memory]
+    ordered = idle + memory
+    lengths: list[int | Node] = []
+    for axis in ordered:
+        length = shape[axis]
+        if axis in idle:
+            lengths.append(1)
+        elif isinstance(length, int):
+            lengths.append(length)
+        else:
+            letter = next(l for l, a in single.items() if a == axis or (isinstance(a, tuple) and axis in a))
+            lengths.append(rewrite.size(graph, out, layout.index(letter)))
+    node = out
+    if lengths != list(out.meta["val"].shape):
+        node = rewrite.call(graph, aten.reshape.default, out, lengths)
+    back = [ordered.index(axis) for axis in range(len(shape))]
+    return node if back == sorted(back) else rewrite.call(graph, aten.permute.default, node, back)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+FUSION = Fusion(
+    name="gate_cumsum",
+    doc="KDA/GDN gate (softplus or bounded) with its chunk-local cumsum, in one pass",
+    anchors=(aten.cumsum.default,),
+    match=match,
+    replace=replace,
+    guard=guard,
+    profit=profit,
+)
