@@ -14,7 +14,15 @@ from fusion_passes.fusion import NearMiss
 from fusion_passes.views import is_alias
 
 # Nodes that Inductor computes on the fly inside a consumer's kernel.
-TRANSPARENT: frozenset[object] = frozenset(aten.POINTWISE) | aten.VIEWS | aten.CASTS | aten.COPIES | aten.FILLS
+TRANSPARENT: frozenset[object] = (
+    frozenset(aten.POINTWISE)
+    | frozenset(aten.TUPLES)
+    | aten.VIEWS
+    | aten.CASTS
+    | aten.COPIES
+    | aten.FILLS
+    | {torch.ops.aten.cat.default, torch.ops.aten.stack.default}
+)
 
 # Nodes that only rename, move or widen values: what remains of a leaf after them is still the leaf's value.
 _CARRIERS: frozenset[object] = aten.VIEWS | aten.CASTS | aten.COPIES
@@ -67,7 +75,7 @@ def is_transparent(node: Node) -> bool:
         return False
     if node.target is operator.getitem:
         source = node.args[0]
-        return isinstance(source, Node) and source.target in aten.VIEWS
+        return isinstance(source, Node) and (source.target in aten.SPLITS or source.target in aten.TUPLES)
     return node.target in TRANSPARENT
 
 

@@ -10,7 +10,9 @@ this module while it runs: it carries a `Settings` snapshot, because values set 
         ...
 """
 
+import contextlib
 import sys
+import typing
 
 from torch.utils._config_module import Config, install_config_module
 
@@ -38,5 +40,11 @@ arch: str = Config(default="sm_90", env_name_default="FUSION_PASSES_ARCH")
 
 # Launch parameters in place of the tuned tables, such as "gate_cumsum: rows=4, lanes=128, warps=1".
 launch: str = Config(default="", env_name_default="FUSION_PASSES_LAUNCH")
+
+if typing.TYPE_CHECKING:
+
+    def patch(**settings: typing.Any) -> contextlib.AbstractContextManager[None]:
+        """Set some of the settings for the code inside a `with` block."""
+
 
 install_config_module(sys.modules[__name__])

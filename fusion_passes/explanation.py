@@ -42,14 +42,18 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     torch._dynamo.reset()
     breaks = sum(counters["graph_break"].values())
     try:
-        torch.compile(f, backend=_tracing_backend(explained), dynamic=dynamic)(*args, **kwargs)
+        torch.compile(f, backend=tracing_backend(explained), dynamic=dynamic)(*args, **kwargs)
     finally:
         torch._dynamo.reset()
     breaks = sum(counters["graph_break"].values()) - breaks
     return Report(tuple(explained.found), tuple(_notes(settings, explained.found, breaks)))
 
 
-def _tracing_backend(explained: FusionPass) -> Callable[..., Any]:
+def tracing_backend(explained: FusionPass, run_rewritten: bool = False) -> Callable[..., Any]:
+    """A backend that shows every post-grad graph to the pass and then runs it eagerly, without code generation.
+
+    With `run_rewritten` the graph that the pass left is what runs, fused ops included; else the graph as traced.
+    """
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.fx_passes.post_grad import view_to_reshape
@@ -58,7 +62,10 @@ def _tracing_backend(explained: FusionPass) -> Callable[..., Any]:
         copy = _copy(gm)
         view_to_reshape(copy)
         explained(copy.graph)
-        return make_boxed_func(gm.forward)
+        if not run_rewritten:
+            return make_boxed_func(gm.forward)
+        copy.recompile()
+        return make_boxed_func(copy.forward)
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         with inductor_config.patch(force_disable_caches=True):
@@ -91,5 +98,6 @@ def _notes(settings: Settings, found: Sequence[Record], breaks: int) -> list[str
         assumed = arch.by_name(settings.arch)
         notes.append(f"No GPU on this machine: a {assumed.gpu} ({assumed.name}) is assumed.")
     if breaks:
-        notes.append(f"The call has {breaks} graph break{'s' if breaks > 1 else ''}: sites are found within a graph only.")
+        plural = "s" if breaks > 1 else ""
+        notes.append(f"The call has {breaks} graph break{plural}: sites are found within a graph only.")
     return notes

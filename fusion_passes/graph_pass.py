@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
-from fusion_passes import guards, records, registry, rewrite, verify
+from fusion_passes import guards, records, registry, rewrite, tuning, verify
 from fusion_passes.fingerprint import fingerprint
 from fusion_passes.fusion import Context, Fusion, NearMiss, Refusal, Site
 from fusion_passes.records import Outcome, Record
-from fusion_passes.settings import Settings
+from fusion_passes.settings import LAUNCH_META, Settings
 from fusion_passes.sizes import Unsupported, assignments
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class FusionPass(CustomGraphPass):
         self.settings = settings
         self.as_if_cuda = as_if_cuda
         self.fusions = registry.select(settings.fusions)
+        tuning.check(settings.launch)
         self.found: list[Record] = []
 
     def __eq__(self, other: object) -> bool:
@@ -67,7 +68,8 @@ class FusionPass(CustomGraphPass):
             anchors = [n for target in fusion.anchors for n in graph.find_nodes(op="call_function", target=target)]
             if anchors:
                 # The observer lets TORCH_LOGS, the bisector and `disabled_passes` name each fusion.
-                observer = GraphTransformObserver(graph.owning_module, f"fusion_passes.{fusion.name}", "post_grad_passes")
+                name = f"fusion_passes.{fusion.name}"
+                observer = GraphTransformObserver(graph.owning_module, name, "post_grad_passes")
                 observer.apply_graph_pass(functools.partial(self._apply, fusion, anchors, found))
         if any(record.outcome == "fused" for record in found):
             graph.eliminate_dead_code()
@@ -108,7 +110,7 @@ class FusionPass(CustomGraphPass):
             if reason is not None:
                 return _record(fusion, "refused", reason, anchor)
             build = functools.partial(self._build, fusion, site, context)
-            rewrite.replace(context.graph, site.replaced, build, context.sizes)
+            rewrite.replace(context.graph, site.replaced, build, context.sizes, {LAUNCH_META: self.settings.launch})
         except NearMiss as miss:
             return _record(fusion, "near_miss", str(miss), anchor)
         except Unsupported as unsupported:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fusion_passes.access import Access, trace_access
+from fusion_passes.access import trace_access
 from fusion_passes.evaluate import Evaluator
 from fusion_passes.sizes import Sizes
 from fusion_passes.views import ravel
@@ -55,20 +55,25 @@ class Samples:
 
 
 def sample(root: Node, draws: Mapping[Node, Draw], sizes: Sizes, count: int, seed: int) -> Samples:
-    """Evaluate `root` at `count` random places, with each leaf filled by its draw.
+    """Evaluate `root` at up to `count` random places, with each leaf filled by its draw.
+
+    Three quarters of the places read the first leaf, where padding leaves that many; the others may be padding.
 
     Raises:
         Unsupported: a node cannot be evaluated, or a leaf is read at two different places for one result.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = sizes.shape(root)
-    coords = [torch.randint(0, max(n, 1), (count,), generator=generator) for n in shape]
+    main = next(iter(draws))
+    coords = [torch.randint(0, max(n, 1), (8 * count,), generator=generator) for n in shape]
+    valid = trace_access(root, main, coords, sizes, stop=draws).valid
+    chosen = torch.cat([torch.nonzero(valid)[: 3 * count // 4], torch.nonzero(~valid)[: count // 4]])[:, 0]
+    coords = [c[chosen] for c in coords]
     evaluator = Evaluator(draws, sizes)
     values = evaluator.values(root, ravel(coords, shape)).to(torch.float64)
-    accesses: dict[Node, Access] = {leaf: trace_access(root, leaf, coords, sizes) for leaf in draws}
+    accesses = {leaf: trace_access(root, leaf, coords, sizes, stop=draws) for leaf in draws}
     leaves = {
-        leaf: draw(ravel([c.clamp_min(0) for c in accesses[leaf].coords], sizes.shape(leaf))).to(torch.float64)
-        for leaf, draw in draws.items()
+        leaf: draw(ravel(accesses[leaf].coords, sizes.shape(leaf))).to(torch.float64) for leaf, draw in draws.items()
     }
     return Samples(values, leaves, {leaf: a.valid for leaf, a in accesses.items()}, list(evaluator.roundings))
 

@@ -8,7 +8,7 @@ graph is what it was, node for node.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +27,13 @@ class MetadataMismatch(Exception):
     """The replacement differs from the original in shape, strides, dtype or device; the message says where."""
 
 
-def replace(graph: Graph, replaced: Node, build: Callable[[], Node], assignments: Sequence[Sizes]) -> Node:
+def replace(
+    graph: Graph, replaced: Node, build: Callable[[], Node], assignments: Sequence[Sizes], meta: Mapping[str, Any]
+) -> Node:
     """Put the value that `build()` returns in the place of `replaced`, or leave the graph as it was and raise.
 
-    `build` creates nodes with `call`; they are inserted just before `replaced`. Nothing is added to the guards.
+    `build` creates nodes with `call`; they are inserted just before `replaced` and get the entries of `meta`.
+    Nothing is added to the guards.
 
     Raises:
         MetadataMismatch: the new value's shape, strides, dtype or device differ from the old one's.
@@ -46,7 +49,7 @@ def replace(graph: Graph, replaced: Node, build: Callable[[], Node], assignments
         raise
     for node in graph.nodes:
         if node not in before:
-            node.meta.update({k: replaced.meta[k] for k in _PROVENANCE if k in replaced.meta})
+            node.meta.update({k: replaced.meta[k] for k in _PROVENANCE if k in replaced.meta} | dict(meta))
     replaced.replace_all_uses_with(new)
     return new
 

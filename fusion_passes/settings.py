@@ -11,6 +11,9 @@ from fusion_passes import config
 
 OPTION_PREFIX = "fusion_passes."
 
+# Key of node.meta under which a fused op keeps the `launch` setting of its compile for the lowering.
+LAUNCH_META = "fusion_passes_launch"
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:

@@ -27,7 +27,7 @@ PRODUCTS = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """A gate g(raw): `scale` * -exp(a_log) * softplus(raw + bias), or `lower_bound` * sigmoid(exp(a_log) * (raw + bias)).
+    """A gate: scale * -exp(a_log) * softplus(raw + bias), or lower_bound * sigmoid(exp(a_log) * (raw + bias)).
 
     Attributes:
         a_log: leaf with the logarithm of the per-head factor.

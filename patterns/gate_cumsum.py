@@ -22,14 +22,14 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fusion_passes import aten as semantics
 from fusion_passes import cone, rewrite
-from fusion_passes.access import AxisMap, factor_axes
-from fusion_passes.evaluate import Unsupported
+from fusion_passes.access import AxisMap, factor_axes, trace_access
 from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Refusal, Site
 from fusion_passes.layout import Piece, SubAxis, arrange, refine, sub_axes
 from fusion_passes.ops import gate_cumsum as op
 from fusion_passes.patterns._gate import Gate, identify
-from fusion_passes.sizes import Sizes
+from fusion_passes.sizes import Sizes, Unsupported
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -50,7 +50,7 @@ class Axes:
 
 def match(anchor: Node, context: Context) -> Site | None:
     """Prove that the cumsum at `anchor` is a chunk-local sum of a gate."""
-    value, root = anchor.meta["val"], anchor.args[0]
+    value, root = anchor.meta["val"], _root(anchor)
     if value.dim() == 0:
         return None
     time = int(anchor.args[1]) % value.dim()
@@ -67,6 +67,13 @@ def match(anchor: Node, context: Context) -> Site | None:
             continue
         return _site(anchor, raw, interior, gate, axes, chunk_size, context)
     raise failure or NearMiss("no tensor that depends on time was found among its inputs")
+
+
+def _root(anchor: Node) -> Node:
+    """What is summed up."""
+    root = anchor.args[0]
+    assert isinstance(root, Node)
+    return root
 
 
 def _chunk_size(anchor: Node, time: int) -> int:
@@ -91,9 +98,9 @@ def _cuts(root: Node, whole: cone.Cone, time: int, sizes: Sizes) -> Iterator[tup
     """
     timed = [leaf for leaf in whole.leaves if _depends_on(root, leaf, time, sizes)]
     if len(timed) == 1:
-        view = cone.last_alias(timed[0], whole.interior)
-        part = cone.backward(root, stop={view})
-        yield view, [leaf for leaf in part.leaves if leaf is not view], part.interior
+        for view in dict.fromkeys((cone.last_alias(timed[0], whole.interior), timed[0])):
+            part = cone.backward(root, stop={view})
+            yield view, [leaf for leaf in part.leaves if leaf is not view], part.interior
     numel = sizes.numel(root)
     tried = 0
     for node in sorted(whole.interior):
@@ -104,7 +111,7 @@ def _cuts(root: Node, whole: cone.Cone, time: int, sizes: Sizes) -> Iterator[tup
             continue
         part = cone.backward(root, stop={node})
         rest = [leaf for leaf in part.leaves if leaf is not node]
-        if node in part.leaves and len(rest) <= 2 and not any(_depends_on(root, l, time, sizes) for l in rest):
+        if node in part.leaves and len(rest) <= 2 and not any(_depends_on(root, leaf, time, sizes) for leaf in rest):
             yield node, rest, part.interior
             tried += 1
         if tried == MAX_CUTS:
@@ -125,11 +132,17 @@ def _prove(
     if not 1 <= len(leaves) <= 2:
         names = ", ".join(leaf.name for leaf in leaves) or "none"
         raise NearMiss(f"a gate has a per-head factor and at most a bias beside its input, found: {names}")
+    if any(node.target in semantics.RAMPS for node in interior):
+        raise NearMiss("its values depend on the position in the sequence itself")
     proofs = []
     for sizes in context.sizes:
         gate = identify(root, raw, leaves, interior, sizes)
-        maps = {leaf: factor_axes(root, leaf, sizes) for leaf in (raw, *leaves)}
-        proofs.append((gate, _roles(root, raw, gate, maps, time, chunk_size, sizes)))
+        maps = {leaf: factor_axes(root, leaf, sizes, stop=(raw, *leaves)) for leaf in (raw, *leaves)}
+        if any(composition.offset for axis_map in maps.values() for composition in axis_map.axes):
+            raise NearMiss("an operand is shifted against the others")
+        axes = _roles(root, raw, gate, maps, time, chunk_size, sizes)
+        _check_tail(root, raw, axes, chunk_size, sizes)
+        proofs.append((gate, axes))
     if any(proof != proofs[0] for proof in proofs[1:]):
         raise NearMiss("it is a gate for some sizes only")
     return proofs[0]
@@ -141,15 +154,7 @@ def _roles(
     """Tell batch, chunk, time, head and channel axes apart by who reads them and how."""
     shape = sizes.shape(root)
     raw_map, factor_map = maps[raw], maps[gate.a_log]
-    chunk = None
-    for composition in raw_map.axes:
-        terms = [(raw_map.atoms[i], coefficient) for i, coefficient in composition.terms]
-        steps = [c for atom, c in terms if atom.root_axis == time]
-        if steps and steps != [1]:
-            raise NearMiss("time is not read in steps of one")
-        if steps:
-            outer = [atom.root_axis for atom, c in terms if c == chunk_size and atom.root_stride == 1]
-            chunk = outer[0] if outer else None
+    chunk = _chunk_axis(raw_map, time, chunk_size)
     used = {axis for axis in range(len(shape)) if shape[axis] > 1 and axis not in raw_map.unused}
     idle = [axis for axis in range(len(shape)) if shape[axis] > 1 and axis in raw_map.unused and axis != time]
     if idle:
@@ -163,6 +168,38 @@ def _roles(
     if chunk is None and shape.count(1) < (1 if batch else 2):
         raise NearMiss(f"the cumsum runs over the whole sequence of {shape[time]}, not over chunks of it")
     return Axes(batch, chunk, time, head, channel)
+
+
+def _chunk_axis(raw_map: AxisMap, time: int, chunk_size: int) -> int | None:
+    """The root axis that counts chunks: one step of it is `chunk_size` positions on raw's own axis of time."""
+    for composition in raw_map.axes:
+        terms = [(raw_map.atoms[index], coefficient) for index, coefficient in composition.terms]
+        steps = [coefficient for atom, coefficient in terms if atom.root_axis == time]
+        if steps and (steps != [1] or any(atom.root_stride != 1 for atom, _ in terms if atom.root_axis == time)):
+            raise NearMiss("time is not read in steps of one")
+        if steps:
+            outer = [atom.root_axis for atom, step in terms if step == chunk_size and atom.root_stride == 1]
+            return outer[0] if outer else None
+    raise NearMiss("its input does not depend on the position in the chunk")
+
+
+def _check_tail(root: Node, raw: Node, axes: Axes, chunk_size: int, sizes: Sizes) -> None:
+    """Walk all axes: every position before the end of raw is read, and only the tail beyond it is padding."""
+    shape = sizes.shape(root)
+    tokens = sizes.numel(raw) * shape[axes.time] * (shape[axes.chunk] if axes.chunk is not None else 1)
+    tokens = tokens // sizes.numel(root) if tokens % sizes.numel(root) == 0 else 0
+    walks = [[axis] for axis in (*axes.batch, *axes.head, *axes.channel)]
+    walks.append([axes.time] if axes.chunk is None else [axes.chunk, axes.time])
+    for walk in walks:
+        count = math.prod(shape[axis] for axis in walk)
+        places = torch.arange(count)
+        coords = [torch.zeros(count, dtype=torch.int64) for _ in shape]
+        for axis in reversed(walk):
+            coords[axis] = places % shape[axis]
+            places = places // shape[axis]
+        real = torch.arange(count) < tokens if axes.time in walk else torch.ones(count, dtype=torch.bool)
+        if not torch.equal(trace_access(root, raw, coords, sizes).valid, real):
+            raise NearMiss("padding hides positions other than those after the last token")
 
 
 def _innermost(raw: Node, axis_map: AxisMap, sizes: Sizes) -> int | None:
@@ -184,31 +221,35 @@ def _site(
     heads = math.prod(shape[a] for a in axes.head)
     channels = math.prod(shape[a] for a in axes.channel)
     per = f"{heads} heads x {channels} channels" if axes.channel else f"{heads} heads, one gate each"
+    factor = gate.scale * scale
     form = "softplus gate" if gate.lower_bound is None else "bounded gate"
     return Site(
         anchor=anchor,
         replaced=replaced,
         leaves=leaves,
         interior=interior | {anchor, replaced},
-        params={"gate": dataclasses.replace(gate, scale=gate.scale * scale), "axes": axes, "chunk_size": chunk_size,
-                "sizes": context.sizes[0]},
+        params={
+            "gate": dataclasses.replace(gate, scale=factor),
+            "axes": axes,
+            "chunk_size": chunk_size,
+            "sizes": context.sizes[0],
+        },
         roundings=gate.roundings,
-        summary=f"{form} of {_name(raw.meta['val'].dtype)}, {per}, chunks of {chunk_size}, times {gate.scale * scale:.6g}",
+        summary=f"{form} of {_name(raw.meta['val'].dtype)}, {per}, chunks of {chunk_size}, times {factor:.6g}",
     )
 
 
 def _trailing_scale(anchor: Node) -> tuple[Node, float]:
-    """A multiplication of the sums by a number that is their only use, folded into the scale."""
+    """A multiplication or division of the sums by a number that is their only use, folded into the scale."""
     users = list(anchor.users)
     if len(users) == 1 and users[0].target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
         user = users[0]
-        other = user.args[1] if user.args[0] is anchor else user.args[0]
-        if isinstance(other, (int, float)) and not isinstance(other, bool) and math.isfinite(other) and other:
-            divides = "div" in user.target.__name__
-            if not divides:
-                return user, float(other)
-            if user.args[0] is anchor:
-                return user, 1.0 / other
+        divides = user.target in (aten.div.Tensor, aten.div.Scalar)
+        first, other = user.args[:2]
+        if first is not anchor and not divides:
+            first, other = other, first
+        if first is anchor and isinstance(other, (int, float)) and math.isfinite(other) and other:
+            return user, 1.0 / other if divides else float(other)
     return anchor, 1.0
 
 
@@ -237,7 +278,7 @@ def profit(site: Site, context: Context) -> Reason:
 def replace(site: Site, graph: Graph) -> Node:
     """`torch.ops.fusion_passes.gate_cumsum` on views of the leaves, viewed as the shape that the graph had."""
     gate, axes, sizes = site.params["gate"], site.params["axes"], site.params["sizes"]
-    root = site.anchor.args[0]
+    root = _root(site.anchor)
     maps = {name: factor_axes(root, leaf, sizes) for name, leaf in site.leaves.items()}
     pieces = refine(list(maps.values()), root, sizes)
     times = frozenset({axes.time} | ({axes.chunk} if axes.chunk is not None else set()))
@@ -315,7 +356,7 @@ def _as_in_graph(graph: Graph, out: Node, layout: str, axes: Axes, memory: list[
         elif isinstance(length, int):
             lengths.append(length)
         else:
-            letter = next(l for l, a in single.items() if a == axis or (isinstance(a, tuple) and axis in a))
+            letter = next(x for x, a in single.items() if a == axis or (isinstance(a, tuple) and axis in a))
             lengths.append(rewrite.size(graph, out, layout.index(letter)))
     node = out
     if lengths != list(out.meta["val"].shape):

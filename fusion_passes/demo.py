@@ -1,0 +1,75 @@
+"""The main job in small: an unmodified Hugging Face model, compiled, reported on and compared with eager."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fusion_passes.reports import report
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# Relative error (L2) of the compiled model against eager that the demo accepts.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+def model_names() -> list[str]:
+    """The models that `build` knows."""
+    from fusion_passes import hf_models
+
+    return list(hf_models.NAMES)
+
+
+def device() -> str:
+    """"cuda" where a GPU is present, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def build(name: str, args: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A model with random weights and one batch of tokens, as the command line asks."""
+    from fusion_passes import hf_models
+
+    dtype = DTYPES[args.dtype] if args.dtype else torch.bfloat16 if device() == "cuda" else torch.float32
+    return hf_models.build(
+        name, dtype=dtype, layers=args.layers, seq=args.seq, batch=args.batch, device=device()
+    )
+
+
+def run(name: str, args: argparse.Namespace) -> int:
+    """Compile the model, print what was fused and how far the result is from eager; 0 if they agree."""
+    model, inputs = build(name, args)
+    dtype = next(model.parameters()).dtype
+    print(f"{name}: {args.layers} layers, {args.batch} x {args.seq} tokens, {dtype}, on {device()}")
+    options: dict[str, Any] = {"fusion_passes.reference_on_cpu": True} if device() == "cpu" else {}
+    if options:
+        print("No GPU here: the graph is rewritten all the same, and the fused ops run their PyTorch references.")
+    with torch.no_grad():
+        eager, seconds = _timed(lambda: model(**inputs))
+        print(f"eager      {1e3 * seconds:9.1f} ms")
+        compiled = torch.compile(
+            model, backend="fusion_passes", options=options, fullgraph=True, dynamic=args.dynamic or None
+        )
+        fused, seconds = _timed(lambda: compiled(**inputs))
+        print(f"first call {1e3 * seconds:9.1f} ms, compilation included")
+        fused, seconds = _timed(lambda: compiled(**inputs))
+        print(f"compiled   {1e3 * seconds:9.1f} ms")
+    expected, actual = (out.last_hidden_state.double() for out in (eager, fused))
+    error = float((actual - expected).norm() / expected.norm())
+    print(f"\n{report()}\n")
+    agrees = error <= TOLERANCE[dtype]
+    print(f"compiled against eager: relative error {error:.1e}, {'equal to rounding' if agrees else 'NOT equal'}")
+    return 0 if agrees else 1
+
+
+def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start

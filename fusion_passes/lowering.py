@@ -1,0 +1,299 @@
+"""How an op of this package is registered, launched eagerly, and inlined by Inductor.
+
+An op is a schema, a reference in plain PyTorch (the CPU implementation), shape checks (the fake implementation) and a
+*plan*: a function that turns the op's arguments into one `Launch`. The same plan serves the eager CUDA call, with
+integers, and the lowering, with Inductor's symbolic sizes, so that there is one launch choice.
+
+Inlined means that the generated wrapper launches the Triton kernel itself, on the buffers that hold the inputs and
+on outputs allocated beside the call. On CPU, with inlining off, or for shapes that the plan cannot serve, the op stays
+an opaque call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
+from torch._inductor import ir
+from torch._inductor import lowering as inductor
+from torch._inductor.virtualized import V
+from torch.utils._sympy.functions import CeilDiv
+
+from fusion_passes import arch as architectures
+from fusion_passes import tuning
+from fusion_passes.arch import Architecture
+from fusion_passes.settings import LAUNCH_META, snapshot
+
+log = logging.getLogger(__name__)
+
+# A number that may be symbolic in a lowering.
+Size = Any
+
+LIBRARY = torch.library.Library("fusion_passes", "FRAGMENT")
+
+_inlining: contextvars.ContextVar[bool] = contextvars.ContextVar("inlining", default=True)
+
+
+def inlining_enabled() -> bool:
+    """Whether lowerings launch kernels from the generated wrapper (the default) or call the op."""
+    return _inlining.get()
+
+
+@contextlib.contextmanager
+def inlining(enabled: bool) -> Iterator[None]:
+    """Switch inlining on or off for the compiles inside the block."""
+    token = _inlining.set(enabled)
+    try:
+        yield
+    finally:
+        _inlining.reset(token)
+
+
+class NotInlinable(Exception):
+    """A plan raises this in a lowering to keep the op opaque; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """A tensor argument as a plan sees it: where it lies, in elements from the start of `handle`.
+
+    In a lowering `handle` is the buffer that holds the tensor, which costs the wrapper nothing to pass, and `view`
+    the tensor itself. Kernels that take an offset use the first, others `whole()`.
+    """
+
+    shape: tuple[Size, ...]
+    strides: tuple[Size, ...]
+    offset: Size
+    dtype: torch.dtype
+    device: torch.device
+    handle: Any
+    view: Any
+
+    def whole(self) -> Operand:
+        """The operand with its offset, if it has one, inside the handle."""
+        if static(self.offset) == 0:
+            return self
+        return dataclasses.replace(self, offset=0, handle=self.view)
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """A tensor that the launch writes; every element of it."""
+
+    shape: tuple[Size, ...]
+    strides: tuple[Size, ...]
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel launch.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        grid: one to three sizes.
+        args: every argument of the kernel by name: `Operand`, `Output`, number or None. constexprs included.
+        num_warps, num_stages: as Triton takes them.
+    """
+
+    kernel: Any
+    grid: tuple[Size, ...]
+    args: dict[str, Any]
+    num_warps: int
+    num_stages: int = 1
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        return tuple(value for value in self.args.values() if isinstance(value, Output))
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The GPU to plan for, and a guess at sizes that are symbolic."""
+
+    arch: Architecture
+    hint: Callable[[Size], int]
+
+
+Plan = Callable[..., Launch]
+
+
+def cdiv(a: Size, b: int) -> Size:
+    """a / b rounded up, for integers and symbolic sizes."""
+    return CeilDiv(a, b) if isinstance(a, sympy.Expr) else -(-a // b)
+
+
+def static(size: Size) -> int | None:
+    """The value of a size that is known when the graph is compiled, else None."""
+    if isinstance(size, int):
+        return size
+    return int(size) if isinstance(size, sympy.Integer) else None
+
+
+def contiguous_strides(shape: Sequence[Size]) -> tuple[Size, ...]:
+    strides: list[Size] = []
+    step: Size = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step = step * size
+    return tuple(reversed(strides))
+
+
+def define(
+    name: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any], plan: Plan, backward: str
+) -> torch._ops.OpOverload:
+    """Register `torch.ops.fusion_passes.<name>` and its lowering.
+
+    Args:
+        name: the op's name.
+        schema: the part of the schema after the name, "(Tensor x, int n) -> Tensor".
+        reference: the CPU implementation.
+        fake: checks the arguments' metadata and returns empty outputs.
+        plan: `plan(target, *args)` with tensors as `Operand`s; may raise `NotInlinable` on symbolic sizes.
+        backward: why there is no gradient; the message of the error that a backward pass raises.
+
+    Returns:
+        The overload `torch.ops.fusion_passes.<name>.default`.
+    """
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CPU")
+    LIBRARY.impl(name, functools.partial(_launch, fake, plan), "CUDA")
+    torch.library.register_fake(f"fusion_passes::{name}", fake, lib=LIBRARY)
+
+    def no_gradient(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(backward)
+
+    torch.library.register_autograd(f"fusion_passes::{name}", no_gradient, lib=LIBRARY)
+    op = getattr(torch.ops.fusion_passes, name).default
+    inline(op, plan)
+    return op
+
+
+def _operand(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return Operand(tuple(value.shape), value.stride(), 0, value.dtype, value.device, value, value)
+
+
+def _launch(fake: Callable[..., Any], plan: Plan, *args: Any) -> Any:
+    """The eager CUDA implementation: check and allocate as the fake does, then launch."""
+    out = fake(*args)
+    outputs = list(out) if isinstance(out, (tuple, list)) else [out]
+    if all(t.numel() == 0 for t in outputs):
+        return out
+    device = outputs[0].device
+    launch = plan(Target(architectures.of_device(device), int), *map(_operand, args))
+    allocated = iter(outputs)
+    values = {
+        name: value.handle if isinstance(value, Operand) else next(allocated) if isinstance(value, Output) else value
+        for name, value in launch.args.items()
+    }
+    with torch.cuda.device(device):
+        launch.kernel[launch.grid](**values, num_warps=launch.num_warps, num_stages=launch.num_stages)
+    return out
+
+
+def inline(op: torch._ops.OpOverload, plan: Plan) -> None:
+    """Register a lowering of `op` that launches the plan's kernel from Inductor's wrapper."""
+    fallback = inductor.fallback_handler(op, add_to_fallback_set=False)
+
+    @inductor.register_lowering(op, type_promotion_kind=None)
+    def lower(*args: Any) -> Any:
+        device = next(arg for arg in args if isinstance(arg, ir.TensorBox)).get_device()
+        if device is None or device.type != "cuda" or not inlining_enabled():
+            return fallback(*args)
+        target = Target(architectures.of_device(device), _hint)
+        try:
+            _refuse_symbolic(args)
+            with tuning.overriding(**tuning.split_ops(_launch_setting())):
+                launch = plan(target, *map(_base, args))
+        except NotInlinable as reason:
+            log.info("%s stays an opaque call: %s", op, reason)
+            return fallback(*args)
+        return _emit(launch, device)
+
+
+def _launch_setting() -> str:
+    """The `launch` setting of the compile that put the op into the graph, else the one in force."""
+    node = V.get_current_node()
+    setting = node.meta.get(LAUNCH_META) if node is not None else None
+    return str(setting if setting is not None else snapshot().launch)
+
+
+def _refuse_symbolic(args: Sequence[Any]) -> None:
+    for arg in args:
+        if isinstance(arg, ir.TensorBox) and any(static(size) == 0 for size in arg.get_size()):
+            raise NotInlinable("one of its tensors is empty")
+
+
+def _hint(size: Size) -> int:
+    # A guess for the launch choice only: adds no guard, unlike evaluating the expression.
+    return (
+        size if isinstance(size, int) else int(V.graph.sizevars.optimization_hint(sympy.sympify(size), fallback=8192))
+    )
+
+
+def _base(value: Any) -> Any:
+    """A tensor of the graph as the buffer that holds it, with the view's strides and offset beside it."""
+    if not isinstance(value, ir.TensorBox):
+        return value
+    node: Any = ir.ExternKernel.realize_input(value)
+    if isinstance(node, ir.TensorBox):
+        node = node.data
+    if not isinstance(node, ir.ReinterpretView):
+        node.freeze_layout()
+    layout = node.get_layout()
+    shape, strides = tuple(map(_plain, layout.size)), tuple(map(_plain, layout.stride))
+    offset, holder = _plain(layout.offset), node
+    if isinstance(node, ir.ReinterpretView):
+        # A view that changes the dtype too has no offset in elements of its buffer.
+        same = node.data.get_dtype() == node.get_dtype()
+        offset, holder = (offset, node.data) if same else (0, node)
+    device = node.get_device()
+    assert device is not None
+    return Operand(shape, strides, offset, node.get_dtype(), device, ir.TensorBox(holder), ir.TensorBox(node))
+
+
+def _plain(size: Size) -> Size:
+    known = static(size)
+    return size if known is None else known
+
+
+@functools.lru_cache(maxsize=256)
+def _with_config(kernel: Any, num_warps: int, num_stages: int) -> Any:
+    """The kernel with its warps and stages fixed: Inductor takes them from an autotuner of one configuration."""
+    import triton
+
+    return triton.autotune(configs=[triton.Config({}, num_warps=num_warps, num_stages=num_stages)], key=[])(kernel)
+
+
+def _emit(launch: Launch, device: torch.device) -> Any:
+    outputs: list[ir.TensorBox] = []
+    values: dict[str, Any] = {}
+    for name, value in launch.args.items():
+        if isinstance(value, Operand):
+            values[name] = value.handle
+        elif isinstance(value, Output):
+            out = inductor.empty_strided(list(value.shape), list(value.strides), dtype=value.dtype, device=device)
+            out.realize()
+            outputs.append(out)
+            values[name] = out
+        else:
+            values[name] = value
+    grid = tuple(launch.grid) + (1,) * (3 - len(launch.grid))
+    inductor.lowerings[triton_kernel_wrapper_mutation](
+        kernel_idx=kernel_side_table.add_kernel(_with_config(launch.kernel, launch.num_warps, launch.num_stages)),
+        constant_args_idx=kernel_side_table.add_constant_args({}),
+        grid=[grid],
+        tma_descriptor_metadata={},
+        kwargs=values,
+    )
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)

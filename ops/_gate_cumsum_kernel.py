@@ -1,0 +1,263 @@
+"""Triton kernel of `gate_cumsum`: gate and chunk-local cumulative sum in one pass over memory.
+
+A program takes one chunk of one sequence and LANES neighbouring lanes: channels of one head, or heads where the
+gate is one number per head (K = 1). It walks the CHUNK rows of the chunk ROWS at a time, with all loads of a step
+issued before the first use, and carries the sum:
+
+* SERIAL: a thread owns its lanes and adds row after row in registers, without any exchange between threads;
+* otherwise a step is a ROWS x LANES tile, summed along its rows by a parallel scan.
+
+Arithmetic is float32. Row offsets are 64-bit. Token strides that are known when the kernel is compiled are
+constants (RAW_ROW, OUT_ROW), which puts row addresses into the instructions; 0 means to read the run-time stride.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusion_passes.ops._common import log1p_exp, sigmoid_exp2
+
+
+@triton.jit
+def _gate(b_raw, b_bias, b_slope, b_rate, BETA: tl.constexpr, THRESHOLD: tl.constexpr, BOUNDED: tl.constexpr):
+    """The scaled log decay of raw gate values; b_bias carries BETA, b_rate all factors behind the nonlinearity."""
+    if BOUNDED:
+        b_gate = b_rate * sigmoid_exp2((b_raw + b_bias) * b_slope)
+    else:
+        b_z = tl.fma(b_raw, BETA, b_bias)
+        b_softplus = log1p_exp(b_z)
+        # From 18 on both sides of the threshold round to z in float32.
+        if THRESHOLD < 18.0:
+            b_softplus = tl.where(b_z > THRESHOLD, b_z, b_softplus)
+        b_gate = b_rate * b_softplus
+    return b_gate
+
+
+@triton.jit
+def _within(b_lane, row, valid):
+    """The mask of lanes of one row: none where the row is no token."""
+    return b_lane & (tl.zeros_like(b_lane).to(tl.int32) + row < valid)
+
+
+@triton.jit
+def _load_rows(p_rows, row_stride, first, valid, b_lane, ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """ROWS vectors of lanes as a tuple, so that every load is in flight before the first value is used."""
+    rows = ()
+    for i in tl.static_range(ROWS):
+        b_mask = b_lane
+        if MASKED:
+            b_mask = _within(b_lane, first + i, valid)
+        rows = rows + (tl.load(p_rows + i * row_stride, mask=b_mask, other=0.0),)  # type: ignore[assignment]
+    return rows
+
+
+@triton.jit
+def _serial_scan(
+    p_raw, p_out, raw_row, out_row, valid, b_lane, b_bias, b_slope, b_rate,
+    BETA: tl.constexpr, THRESHOLD: tl.constexpr, BOUNDED: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    MASKED: tl.constexpr, PAD_GATE: tl.constexpr, STORE_TAIL: tl.constexpr,
+):  # fmt: skip
+    """Row by row: p_raw and p_out are LANES pointers to the first row of the chunk."""
+    b_sum = tl.zeros([LANES], dtype=tl.float32)
+    for first in tl.range(0, CHUNK, ROWS, loop_unroll_factor=1):
+        rows = _load_rows(p_raw, raw_row, first, valid, b_lane, ROWS, MASKED)
+        for i in tl.static_range(ROWS):
+            b_gate = _gate(rows[i].to(tl.float32), b_bias, b_slope, b_rate, BETA, THRESHOLD, BOUNDED)
+            if MASKED and not PAD_GATE:
+                b_gate = tl.where(_within(b_lane, first + i, valid), b_gate, 0.0)
+            b_sum += b_gate
+            if MASKED and not STORE_TAIL:
+                tl.store(p_out + i * out_row, b_sum, mask=_within(b_lane, first + i, valid))
+            else:
+                tl.store(p_out + i * out_row, b_sum, mask=b_lane)
+        p_raw += ROWS * raw_row
+        p_out += ROWS * out_row
+
+
+@triton.jit
+def _tile_scan(
+    p_raw, p_out, raw_row, out_row, valid, b_lane, b_bias, b_slope, b_rate,
+    BETA: tl.constexpr, THRESHOLD: tl.constexpr, BOUNDED: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    MASKED: tl.constexpr, PAD_GATE: tl.constexpr, STORE_TAIL: tl.constexpr,
+):  # fmt: skip
+    """Tile by tile: ROWS rows are summed in parallel, and the sum so far is carried to the next tile."""
+    b_carry = tl.zeros([LANES], dtype=tl.float32)
+    o_row = tl.arange(0, ROWS).to(tl.int64)
+    for first in tl.range(0, CHUNK, ROWS, loop_unroll_factor=1):
+        b_row = (first + o_row < valid)[:, None]
+        b_mask = b_lane[None, :] & b_row if MASKED else tl.broadcast_to(b_lane[None, :], [ROWS, LANES])
+        b_raw = tl.load(p_raw[None, :] + o_row[:, None] * raw_row, mask=b_mask, other=0.0).to(tl.float32)
+        b_gate = _gate(b_raw, b_bias[None, :], b_slope[None, :], b_rate[None, :], BETA, THRESHOLD, BOUNDED)
+        if MASKED and not PAD_GATE:
+            b_gate = tl.where(b_row, b_gate, 0.0)
+        b_sum = tl.cumsum(b_gate, axis=0) + b_carry[None, :]
+        if STORE_TAIL:
+            b_mask = tl.broadcast_to(b_lane[None, :], [ROWS, LANES])
+        tl.store(p_out[None, :] + o_row[:, None] * out_row, b_sum, mask=b_mask)
+        if ROWS < CHUNK:
+            b_carry += tl.sum(b_gate, axis=0)
+            p_raw += ROWS * raw_row
+            p_out += ROWS * out_row
+
+
+@triton.jit
+def _scan(
+    p_raw, p_out, raw_row, out_row, valid, b_lane, b_bias, b_slope, b_rate,
+    BETA: tl.constexpr, THRESHOLD: tl.constexpr, BOUNDED: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    MASKED: tl.constexpr, PAD_GATE: tl.constexpr, STORE_TAIL: tl.constexpr, SERIAL: tl.constexpr,
+):  # fmt: skip
+    if SERIAL:
+        _serial_scan(
+            p_raw, p_out, raw_row, out_row, valid, b_lane, b_bias, b_slope, b_rate, BETA, THRESHOLD, BOUNDED,
+            CHUNK, ROWS, LANES, MASKED, PAD_GATE, STORE_TAIL,
+        )  # fmt: skip
+    else:
+        _tile_scan(
+            p_raw, p_out, raw_row, out_row, valid, b_lane, b_bias, b_slope, b_rate, BETA, THRESHOLD, BOUNDED,
+            CHUNK, ROWS, LANES, MASKED, PAD_GATE, STORE_TAIL,
+        )  # fmt: skip
+
+
+@triton.jit
+def _lane_offsets(o_h, o_k, stride_g, stride_r, stride_k, G: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr):
+    """Element offsets of the lanes in a tensor whose head axis is split into groups."""
+    one = tl.full([], 1, tl.int64)
+    if G == 1:
+        o_head = o_h * (one * stride_r)
+    elif R == 1:
+        o_head = o_h * (one * stride_g)
+    else:
+        o_head = (o_h // R) * (one * stride_g) + (o_h % R) * (one * stride_r)
+    return tl.zeros([LANES], tl.int64) + o_head + o_k * (one * stride_k)
+
+
+@triton.jit
+def _gate_factors(
+    b_a, b_bias, SCALE: tl.constexpr, LOWER_BOUND: tl.constexpr, BETA: tl.constexpr, BOUNDED: tl.constexpr
+):
+    """Bias, slope and rate as `_gate` takes them: all that does not depend on the token."""
+    b_exp_a = tl.exp(b_a)
+    if BOUNDED:
+        b_slope = b_exp_a * -1.4426950408889634
+        b_rate = tl.zeros_like(b_a) + LOWER_BOUND * SCALE
+    else:
+        b_slope = b_exp_a
+        b_rate = b_exp_a * (-SCALE / BETA)
+        b_bias = b_bias * BETA
+    return b_bias, b_slope, b_rate
+
+
+@triton.jit
+def _locate_chunk(
+    pid, cu_seqlens_ptr, chunk_indices_ptr, tokens, sequences, index_chunks,
+    CHUNK: tl.constexpr, HAS_INDICES: tl.constexpr, SEARCH: tl.constexpr,
+):  # fmt: skip
+    """First token and number of tokens (0: nothing to do) of the chunk of packed sequences that `pid` names.
+
+    Without chunk indices sequence s owns the slots from cu[s] // CHUNK + s on, one or two more than it needs at
+    most, which every program can search on its own. All values are clamped: whatever the tensors hold, no address
+    outside of the tokens comes out.
+    """
+    if HAS_INDICES:
+        sequence = tl.load(chunk_indices_ptr + 2 * pid).to(tl.int64)
+        within = tl.load(chunk_indices_ptr + 2 * pid + 1).to(tl.int64)
+        sequence = tl.minimum(tl.maximum(sequence, 0), sequences - 1)
+    else:
+        sequence = tl.full([], -1, tl.int64)
+        o_search = tl.arange(0, SEARCH)
+        for base in range(0, sequences, SEARCH):
+            o_seq = base + o_search
+            b_start = tl.load(cu_seqlens_ptr + o_seq, mask=o_seq < sequences, other=0).to(tl.int64)
+            b_owned = (o_seq < sequences) & (b_start // CHUNK + o_seq <= pid)
+            sequence += tl.sum(b_owned.to(tl.int64), axis=0)
+        sequence = tl.maximum(sequence, 0)
+        within = pid - sequence - tl.load(cu_seqlens_ptr + sequence).to(tl.int64) // CHUNK
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence).to(tl.int64), 0), tokens)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64), start), tokens)
+    within = tl.minimum(tl.maximum(within, 0), tl.cdiv(tokens, CHUNK))
+    first = start + within * CHUNK
+    return tl.minimum(first, end), tl.minimum(tl.maximum(end - first, 0), CHUNK)
+
+
+# Sizes that vary from call to call must not compile the kernel anew.
+@triton.jit(do_not_specialize=["tokens", "chunks", "sequences"])
+def gate_cumsum_kernel(
+    raw_ptr, a_log_ptr, bias_ptr, out_ptr, cu_seqlens_ptr, chunk_indices_ptr,
+    raw_offset, tokens, chunks, sequences,
+    raw_stride_b, raw_stride_t, raw_stride_g, raw_stride_r, raw_stride_k,
+    a_stride_g, a_stride_r, a_stride_k,
+    bias_stride_g, bias_stride_r, bias_stride_k,
+    out_stride_b, out_stride_n, out_stride_c, out_stride_h, out_stride_k,
+    SCALE: tl.constexpr, LOWER_BOUND: tl.constexpr, BETA: tl.constexpr, THRESHOLD: tl.constexpr,
+    BOUNDED: tl.constexpr, PAD_GATE: tl.constexpr, VARLEN: tl.constexpr,
+    G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, RAW_ROW: tl.constexpr, OUT_ROW: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, SERIAL: tl.constexpr, SEARCH: tl.constexpr,
+):  # fmt: skip
+    """Grid: (lane blocks x chunks x batch,), lane blocks innermost so that neighbours read neighbouring memory.
+
+    raw [B, T, G, R, K], a_log and bias [G, R, K], any strides; out [B, N, CHUNK, H, K] by strides, H = G * R. With
+    VARLEN, B and N are 1 and `chunks` counts slots: `out_stride_c` then steps through all tokens.
+    """
+    tl.static_assert(CHUNK % ROWS == 0, "ROWS must divide CHUNK")
+    H: tl.constexpr = G * R
+    lanes_in_all: tl.constexpr = K if K > 1 else H
+    blocks: tl.constexpr = (lanes_in_all + LANES - 1) // LANES * (H if K > 1 else 1)
+    pid = tl.program_id(0).to(tl.int64)
+    block = (pid % blocks).to(tl.int32)
+    o_chunk = pid // blocks
+    one = tl.full([], 1, tl.int64)
+
+    # Lanes: o_h and o_k are the head and channel of each, one of them the same for the whole program.
+    if K > 1:
+        blocks_in_head: tl.constexpr = (K + LANES - 1) // LANES
+        o_lane = (block % blocks_in_head) * LANES + tl.arange(0, LANES)
+        o_k = o_lane
+        o_h = block // blocks_in_head
+    else:
+        o_lane = block * LANES + tl.arange(0, LANES)
+        o_k = 0
+        o_h = o_lane
+    if lanes_in_all % LANES == 0:
+        b_lane = tl.full([LANES], 0, tl.int32) == 0
+    else:
+        b_lane = o_lane < lanes_in_all
+    a_lane = _lane_offsets(o_h, o_k, a_stride_g, a_stride_r, a_stride_k, G, R, LANES)
+    b_a = tl.load(a_log_ptr + a_lane, mask=b_lane, other=0.0).to(tl.float32)
+    b_bias = tl.zeros_like(b_a)
+    if bias_ptr is not None:
+        bias_lane = _lane_offsets(o_h, o_k, bias_stride_g, bias_stride_r, bias_stride_k, G, R, LANES)
+        b_bias = tl.load(bias_ptr + bias_lane, mask=b_lane, other=0.0).to(tl.float32)
+    b_bias, b_slope, b_rate = _gate_factors(b_a, b_bias, SCALE, LOWER_BOUND, BETA, BOUNDED)
+
+    # Rows: the first token, its place in the output, and how many of the CHUNK rows are real tokens.
+    raw_row = one * (RAW_ROW if RAW_ROW > 0 else raw_stride_t)
+    out_row = one * (OUT_ROW if OUT_ROW > 0 else out_stride_c)
+    if VARLEN:
+        first_token, valid = _locate_chunk(
+            o_chunk, cu_seqlens_ptr, chunk_indices_ptr, tokens, sequences, chunks, CHUNK, VARLEN == 2, SEARCH
+        )
+        out_base = first_token * out_row
+        o_batch = o_chunk * 0
+    else:
+        o_batch = o_chunk // chunks
+        o_n = o_chunk % chunks
+        first_token = o_n * CHUNK
+        valid = tl.minimum(tl.maximum(tokens - first_token, 0), CHUNK)
+        out_base = o_batch * out_stride_b + o_n * out_stride_n
+    p_raw = raw_ptr + raw_offset + o_batch * raw_stride_b + first_token * raw_row
+    p_raw += _lane_offsets(o_h, o_k, raw_stride_g, raw_stride_r, raw_stride_k, G, R, LANES)
+    p_out = out_ptr + out_base + _lane_offsets(o_h, o_k, 0, out_stride_h, out_stride_k, 1, H, LANES)
+    if valid == CHUNK:
+        _scan(
+            p_raw, p_out, raw_row, out_row, valid, b_lane, b_bias, b_slope, b_rate, BETA, THRESHOLD, BOUNDED,
+            CHUNK, ROWS, LANES, False, PAD_GATE, True, SERIAL,
+        )  # fmt: skip
+    elif VARLEN == 0 or valid > 0:
+        _scan(
+            p_raw, p_out, raw_row, out_row, valid, b_lane, b_bias, b_slope, b_rate, BETA, THRESHOLD, BOUNDED,
+            CHUNK, ROWS, LANES, True, PAD_GATE, VARLEN == 0, SERIAL,
+        )  # fmt: skip
