@@ -18,8 +18,6 @@ import fusion_passes
 from fusion_passes import arch, config, demo, registry
 from fusion_passes.settings import snapshot
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
@@ -45,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _model_arguments(command)
     command.add_argument("--fusions", help="as the setting of that name, such as default,-gate_cumsum")
-    command.add_argument("--arch", help="the GPU to assume: sm_80, sm_90, sm_100 or gfx942")
+    command.add_argument("--arch", help=f"the GPU to assume where there is none: {', '.join(arch.TABLE)}")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.add_argument("--html", metavar="FILE", help="also write the report as an HTML page")
     command.set_defaults(run=_explain)
@@ -58,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _model_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    command.add_argument("--dtype", choices=demo.DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     command.add_argument("--layers", type=int, default=2)
     command.add_argument("--seq", type=int, default=200, help="number of tokens")
     command.add_argument("--batch", type=int, default=1)
@@ -93,6 +91,12 @@ def _env(args: argparse.Namespace) -> int:
 
 def _explain(args: argparse.Namespace) -> int:
     own = {name: getattr(args, name) for name in ("fusions", "arch") if getattr(args, name) is not None}
+    settings = snapshot(own)
+    try:
+        arch.by_name(settings.arch)
+        registry.select(settings.fusions)
+    except ValueError as error:
+        raise SystemExit(f"explain: {error}") from None
     f, positional, keyword = _target(args)
     if args.dynamic:
         f = torch.compile(f, dynamic=True)
@@ -106,7 +110,7 @@ def _explain(args: argparse.Namespace) -> int:
 
 def _target(args: argparse.Namespace) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     if args.target in demo.model_names():
-        model, inputs = demo.build(args.target, args)
+        model, inputs = _built(args.target, args)
         return model, (), inputs
     path, separator, name = args.target.rpartition(":")
     if not separator or not Path(path).is_file():
@@ -124,7 +128,15 @@ def _target(args: argparse.Namespace) -> tuple[Callable[..., Any], tuple[Any, ..
 
 
 def _demo(args: argparse.Namespace) -> int:
-    return demo.run(args.model, args)
+    model, inputs = _built(args.model, args)
+    return demo.run(args.model, model, inputs, dynamic=args.dynamic)
+
+
+def _built(name: str, args: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, Any]]:
+    try:
+        return demo.build(name, dtype=args.dtype, layers=args.layers, seq=args.seq, batch=args.batch)
+    except (ImportError, ValueError) as error:
+        raise SystemExit(f"{name} cannot be built: {error}") from None
 
 
 def _version(package: str) -> str:

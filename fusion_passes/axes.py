@@ -63,6 +63,10 @@ class AxisMap:
     axes: tuple[LeafAxis, ...]
     unused: tuple[int, ...]
 
+    def used(self) -> list[int]:
+        """Indices of the atoms on which some leaf axis depends, once per such axis."""
+        return [index for axis in self.axes for index, _ in axis.terms]
+
     def read(self, coords: Sequence[Tensor]) -> Coords:
         """Leaf coordinates (int64 [n] per leaf axis) of root coordinates (int64 [n] per root axis)."""
         digits = [coords[a.root_axis] // a.root_stride % a.size for a in self.atoms]

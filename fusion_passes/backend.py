@@ -53,8 +53,9 @@ def fusion_passes_backend(
     if settings.enabled is not False:
         _warn_if_out_of_process()
         slot = patches.get(SLOT, getattr(inductor_config, SLOT))
-        patches[SLOT] = compose(slot, FusionPass(settings))
-    return compile_fx(gm, example_inputs, config_patches=patches)
+        patches = {**_launcher(), **patches, SLOT: compose(slot, FusionPass(settings))}
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
+    return compiled
 
 
 def _reset() -> None:
@@ -85,7 +86,7 @@ def options(**own: Any) -> dict[str, Any]:
     if settings.enabled is False:
         return {SLOT: slot} if slot is not None else {}
     _warn_if_out_of_process()
-    return {SLOT: compose(slot, FusionPass(settings))}
+    return {**_launcher(), SLOT: compose(slot, FusionPass(settings))}
 
 
 @contextlib.contextmanager
@@ -102,6 +103,12 @@ def enabled(**own: Any) -> Iterator[None]:
 def install() -> None:
     """Put the pass into Inductor's configuration for good, as the setting `enabled=True` asks on import."""
     setattr(inductor_config, SLOT, options()[SLOT])
+
+
+def _launcher() -> dict[str, Any]:
+    """Inductor's own setting that launches kernels like ours from C++, as it does its own kernels."""
+    name = "static_launch_user_defined_triton_kernels"
+    return {name: True} if hasattr(inductor_config, name) else {}
 
 
 _warned = False

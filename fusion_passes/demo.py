@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,25 +24,28 @@ def model_names() -> list[str]:
 
 
 def device() -> str:
-    """"cuda" where a GPU is present, else "cpu"."""
+    """The device to run on: "cuda" where a GPU is present, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def build(name: str, args: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """A model with random weights and one batch of tokens, as the command line asks."""
+def build(
+    name: str, *, dtype: str | None, layers: int, seq: int, batch: int
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A model with random weights and the keyword arguments of one forward.
+
+    `dtype` is a key of `DTYPES`; None means bf16 on a GPU and fp32 on a CPU. Raises as `hf_models.build`.
+    """
     from fusion_passes import hf_models
 
-    dtype = DTYPES[args.dtype] if args.dtype else torch.bfloat16 if device() == "cuda" else torch.float32
-    return hf_models.build(
-        name, dtype=dtype, layers=args.layers, seq=args.seq, batch=args.batch, device=device()
-    )
+    chosen = DTYPES[dtype] if dtype else torch.bfloat16 if device() == "cuda" else torch.float32
+    return hf_models.build(name, dtype=chosen, layers=layers, seq=seq, batch=batch, device=device())
 
 
-def run(name: str, args: argparse.Namespace) -> int:
+def run(name: str, model: torch.nn.Module, inputs: dict[str, Any], *, dynamic: bool = False) -> int:
     """Compile the model, print what was fused and how far the result is from eager; 0 if they agree."""
-    model, inputs = build(name, args)
     dtype = next(model.parameters()).dtype
-    print(f"{name}: {args.layers} layers, {args.batch} x {args.seq} tokens, {dtype}, on {device()}")
+    batch, tokens = inputs["input_ids"].shape
+    print(f"{name}: {batch} x {tokens} tokens, {dtype}, on {device()}")
     options: dict[str, Any] = {"fusion_passes.reference_on_cpu": True} if device() == "cpu" else {}
     if options:
         print("No GPU here: the graph is rewritten all the same, and the fused ops run their PyTorch references.")
@@ -51,7 +53,7 @@ def run(name: str, args: argparse.Namespace) -> int:
         eager, seconds = _timed(lambda: model(**inputs))
         print(f"eager      {1e3 * seconds:9.1f} ms")
         compiled = torch.compile(
-            model, backend="fusion_passes", options=options, fullgraph=True, dynamic=args.dynamic or None
+            model, backend="fusion_passes", options=options, fullgraph=True, dynamic=dynamic or None
         )
         fused, seconds = _timed(lambda: compiled(**inputs))
         print(f"first call {1e3 * seconds:9.1f} ms, compilation included")

@@ -7,6 +7,7 @@ Here are the operators whose elements read a fixed number of elements; `matrix_r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from fusion_passes.evaluate import Evaluator
 
 aten = torch.ops.aten
+
+_LARGEST = torch.finfo(torch.float32).max
 
 Request = tuple[Node, Tensor]
 Computation = Generator[Request, Tensor, Tensor]
@@ -83,7 +86,23 @@ def filled(chosen: Tensor, index: Tensor, node: Node, pieces: Sequence[Callable[
 
 
 def _pointwise(node: Node, index: Tensor, ev: Evaluator) -> Computation:
-    return (yield from apply(semantics.POINTWISE[node.target], node, node, index, ev))
+    values = yield from apply(semantics.POINTWISE[node.target], node, node, index, ev)
+    dtype = node.meta["val"].dtype
+    if not dtype.is_floating_point or dtype.itemsize > 4:
+        return values
+    if dtype.itemsize < 4:
+        ev.note_rounding(node)
+    return float32_range(values)
+
+
+def float32_range(values: Tensor) -> Tensor:
+    """Float64 values with the overflow of float32, and its underflow likewise (below the smallest reciprocal).
+
+    float16 has the same range here, since Inductor computes it in float32.
+    """
+    magnitude = values.abs()
+    values = torch.where(magnitude > _LARGEST, values.sign() * math.inf, values)
+    return torch.where(magnitude < 1.0 / _LARGEST, 0.0, values)
 
 
 def apply(function: Callable[..., Tensor], call: Node, node: Node, index: Tensor, ev: Evaluator) -> Computation:

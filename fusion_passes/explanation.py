@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._dynamo.utils import counters
@@ -35,8 +35,12 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
     Returns:
         The report; `print(report)` is a table, `report.counts["gate_cumsum"]` the number of sites of one fusion.
+
+    Raises:
+        ValueError: the settings name an unknown fusion or GPU architecture; the message lists the known ones.
     """
     settings = snapshot()
+    arch.by_name(settings.arch)
     explained = FusionPass(settings, as_if_cuda=True)
     f, dynamic = _unwrap(f)
     torch._dynamo.reset()
@@ -69,7 +73,8 @@ def tracing_backend(explained: FusionPass, run_rewritten: bool = False) -> Calla
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         with inductor_config.patch(force_disable_caches=True):
-            return compile_fx(gm, example_inputs, inner_compile=look)
+            compiled: Any = compile_fx(gm, example_inputs, inner_compile=cast(Any, look))
+            return compiled
 
     return backend
 
@@ -84,6 +89,9 @@ def _unwrap(f: Callable[..., Any]) -> tuple[Callable[..., Any], bool | None]:
     """The function or module behind a `torch.compile` wrapper, and whether it was compiled for dynamic shapes."""
     if isinstance(f, torch._dynamo.eval_frame.OptimizedModule):
         return f._orig_mod, getattr(f.dynamo_ctx, "_dynamic", None)
+    if isinstance(f, torch.nn.Module) and f._compiled_call_impl is not None:
+        # Compiled in place: calling the module would run that code instead of tracing it.
+        return _unwrap(f._compiled_call_impl)
     inner = getattr(f, "_torchdynamo_orig_callable", None)
     if inner is None:
         return f, None
@@ -96,7 +104,7 @@ def _notes(settings: Settings, found: Sequence[Record], breaks: int) -> list[str
     notes = []
     if not torch.cuda.is_available():
         assumed = arch.by_name(settings.arch)
-        notes.append(f"No GPU on this machine: a {assumed.gpu} ({assumed.name}) is assumed.")
+        notes.append(f"No GPU on this machine: {assumed.gpu} ({assumed.name}) is assumed.")
     if breaks:
         plural = "s" if breaks > 1 else ""
         notes.append(f"The call has {breaks} graph break{plural}: sites are found within a graph only.")

@@ -68,8 +68,9 @@ class FusionPass(CustomGraphPass):
             anchors = [n for target in fusion.anchors for n in graph.find_nodes(op="call_function", target=target)]
             if anchors:
                 # The observer lets TORCH_LOGS, the bisector and `disabled_passes` name each fusion.
-                name = f"fusion_passes.{fusion.name}"
-                observer = GraphTransformObserver(graph.owning_module, name, "post_grad_passes")
+                name, module = f"fusion_passes.{fusion.name}", graph.owning_module
+                assert module is not None
+                observer = GraphTransformObserver(module, name, "post_grad_passes")
                 observer.apply_graph_pass(functools.partial(self._apply, fusion, anchors, found))
         if any(record.outcome == "fused" for record in found):
             graph.eliminate_dead_code()

@@ -117,10 +117,11 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The GPU to plan for, and a guess at sizes that are symbolic."""
+    """The GPU to plan for, a guess at sizes that are symbolic, and whether the launch goes into a compiled graph."""
 
     arch: Architecture
     hint: Callable[[Size], int]
+    inlined: bool = False
 
 
 Plan = Callable[..., Launch]
@@ -210,7 +211,7 @@ def inline(op: torch._ops.OpOverload, plan: Plan) -> None:
         device = next(arg for arg in args if isinstance(arg, ir.TensorBox)).get_device()
         if device is None or device.type != "cuda" or not inlining_enabled():
             return fallback(*args)
-        target = Target(architectures.of_device(device), _hint)
+        target = Target(architectures.of_device(device), _hint, inlined=True)
         try:
             _refuse_symbolic(args)
             with tuning.overriding(**tuning.split_ops(_launch_setting())):

@@ -21,16 +21,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fusion_passes.access import trace_access
+from fusion_passes.access import Access, trace_access
 from fusion_passes.evaluate import Evaluator
 from fusion_passes.sizes import Sizes
-from fusion_passes.views import ravel
+from fusion_passes.views import Coords, ravel
 
 Draw = Callable[[Tensor], Tensor]
 
@@ -54,28 +54,52 @@ class Samples:
     roundings: list[Node]
 
 
-def sample(root: Node, draws: Mapping[Node, Draw], sizes: Sizes, count: int, seed: int) -> Samples:
-    """Evaluate `root` at up to `count` random places, with each leaf filled by its draw.
+@dataclasses.dataclass
+class Places:
+    """Chosen elements of `root` (`coords`, one int64 [n] per axis), and which element of every leaf each reads."""
+
+    root: Node
+    sizes: Sizes
+    coords: Coords
+    reads: dict[Node, Access]
+
+    def sample(self, draws: Mapping[Node, Draw]) -> Samples:
+        """Evaluate the root here, with each leaf filled by its draw.
+
+        Raises:
+            Unsupported: a node cannot be evaluated.
+        """
+        evaluator = Evaluator(draws, self.sizes)
+        values = evaluator.values(self.root, ravel(self.coords, self.sizes.shape(self.root))).to(torch.float64)
+        leaves = {
+            leaf: draw(ravel(self.reads[leaf].coords, self.sizes.shape(leaf))).to(torch.float64)
+            for leaf, draw in draws.items()
+        }
+        return Samples(values, leaves, {leaf: a.valid for leaf, a in self.reads.items()}, list(evaluator.roundings))
+
+
+def choose(root: Node, leaves: Sequence[Node], sizes: Sizes, count: int, seed: int) -> Places:
+    """Up to `count` random places of `root`, an eighth of those tried at the ends of the axes.
 
     Three quarters of the places read the first leaf, where padding leaves that many; the others may be padding.
 
     Raises:
-        Unsupported: a node cannot be evaluated, or a leaf is read at two different places for one result.
+        Unsupported: a leaf cannot be traced, or is read at two different places for one result.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = sizes.shape(root)
-    main = next(iter(draws))
     coords = [torch.randint(0, max(n, 1), (8 * count,), generator=generator) for n in shape]
-    valid = trace_access(root, main, coords, sizes, stop=draws).valid
+    for c, n in zip(coords, shape):  # the shortest padding is at the ends
+        c[7 * count :] = torch.randint(2, (count,), generator=generator) * (n - 1)
+    valid = trace_access(root, leaves[0], coords, sizes, stop=leaves).valid
     chosen = torch.cat([torch.nonzero(valid)[: 3 * count // 4], torch.nonzero(~valid)[: count // 4]])[:, 0]
     coords = [c[chosen] for c in coords]
-    evaluator = Evaluator(draws, sizes)
-    values = evaluator.values(root, ravel(coords, shape)).to(torch.float64)
-    accesses = {leaf: trace_access(root, leaf, coords, sizes, stop=draws) for leaf in draws}
-    leaves = {
-        leaf: draw(ravel(accesses[leaf].coords, sizes.shape(leaf))).to(torch.float64) for leaf, draw in draws.items()
-    }
-    return Samples(values, leaves, {leaf: a.valid for leaf, a in accesses.items()}, list(evaluator.roundings))
+    return Places(root, sizes, coords, {leaf: trace_access(root, leaf, coords, sizes, stop=leaves) for leaf in leaves})
+
+
+def sample(root: Node, draws: Mapping[Node, Draw], sizes: Sizes, count: int, seed: int) -> Samples:
+    """`choose` places with this seed and evaluate `root` there, with each leaf filled by its draw."""
+    return choose(root, list(draws), sizes, count, seed).sample(draws)
 
 
 def solve_scale(values: Tensor, reference: Tensor) -> float | None:

@@ -57,8 +57,7 @@ class Report:
     def __str__(self) -> str:
         if not self.records:
             return "\n".join(["fusion_passes: no candidate for a fusion was found", *self.notes])
-        total = ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items())) or "nothing"
-        lines = [f"fusion_passes: fused {total}"]
+        lines = [f"fusion_passes: fused {_total(self)}"]
         for outcome, title in _TITLES.items():
             group = Counter(self._of(outcome))
             if group:
@@ -78,17 +77,22 @@ class Report:
 
     def to_html(self, path: str | Path) -> Path:
         """Write the report as one self-contained HTML page and return its path."""
-        body = [f"<h1>fusion_passes</h1><p>Fused: {html.escape(_total(self))}</p>"]
+        body = [f"<h1>fusion_passes</h1><p class=total>Fused: <b>{html.escape(_total(self))}</b></p>"]
         for outcome, title in _TITLES.items():
             group = Counter(self._of(outcome))
             if group:
+                head, _, rest = title.partition(":")
+                note = f"<small>{html.escape(rest.strip())}</small>" if rest else ""
                 rows = "".join(_html_row(record, count) for record, count in group.items())
-                head = "<tr><th>sites</th><th>fusion</th><th>where</th><th>what or why</th><th>saved per call</th></tr>"
-                body.append(f'<h2 class="{outcome}">{html.escape(title)}</h2><table>{head}{rows}</table>')
-        body += [f"<p>{html.escape(note)}</p>" for note in self.notes]
+                body.append(f'<h2 class="{outcome}">{head} {group.total()} {note}</h2>')
+                columns = "".join(f"<th>{column}</th>" for column in _COLUMNS[outcome])
+                body.append(f"<table><thead><tr>{columns}</tr></thead><tbody>{rows}</tbody></table>")
+        if not self.records:
+            body.append("<p>No candidate for a fusion was found.</p>")
+        body += [f"<p class=note>{html.escape(note)}</p>" for note in self.notes]
         page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>fusion_passes report</title>{_STYLE}'
         target = Path(path)
-        target.write_text(page + "<body>" + "".join(body) + "</body></html>", encoding="utf-8")
+        target.write_text(page + "<body>" + "".join(body) + "</body></html>\n", encoding="utf-8")
         return target
 
 
@@ -108,10 +112,17 @@ def saved(record: Record) -> str:
     """The estimated savings of a record in words, or "" where none were estimated."""
     parts = []
     if record.saved_bytes is not None:
-        parts.append(f"{record.saved_bytes / 1e6:,.1f} MB")
+        parts.append(_bytes(record.saved_bytes))
     if record.saved_launches:
         parts.append(f"{record.saved_launches} launch{'es' if record.saved_launches > 1 else ''}")
     return ", ".join(parts)
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} B"
 
 
 def _total(report: Report) -> str:
@@ -133,13 +144,27 @@ def _short(source: str) -> str:
 
 
 def _html_row(record: Record, count: int) -> str:
-    cells = (str(count), record.fusion, record.source or record.node, record.reason, saved(record))
-    return "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+    """One line of the table of the record's outcome: fused sites have a last cell with the savings."""
+    cells = [record.fusion + (f" x{count}" if count > 1 else ""), _short(record.source) or record.node, record.reason]
+    if record.outcome == "fused":
+        cells.append(saved(record))
+    name, where, *others = map(html.escape, cells)
+    row = f'<td>{name}</td><td class=where title="{html.escape(record.source)}">{where}</td>'
+    return f"<tr>{row}{''.join(f'<td>{cell}</td>' for cell in others)}</tr>"
 
+
+_COLUMNS: dict[Outcome, tuple[str, ...]] = {
+    "fused": ("fusion", "where", "what", "saved per call"),
+    "refused": ("fusion", "where", "why"),
+    "near_miss": ("fusion", "where", "why not"),
+}
 
 _STYLE = (
-    "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}"
-    "table{border-collapse:collapse;width:100%}th,td{text-align:left;vertical-align:top;padding:.4rem .6rem;"
-    "border-bottom:1px solid #ddd}td:nth-child(3){font-family:ui-monospace,monospace;font-size:13px;word-break:"
-    "break-all}h2.fused{color:#14632c}h2.refused{color:#8a5a00}h2.near_miss{color:#555}</style>"
+    "<style>:root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;"
+    "padding:0 1rem}h1{font-size:1.4rem;margin:0}h2{font-size:1.1rem;margin:2rem 0 .4rem}small,.note,th{opacity:.7}"
+    "small{font-weight:400;margin-left:.5rem}table{border-collapse:collapse;width:100%;table-layout:fixed}"
+    "th,td{text-align:left;vertical-align:top;padding:.4rem .8rem .4rem 0;border-bottom:1px solid #8884;"
+    "overflow-wrap:anywhere}th{font-weight:400;font-size:13px}th:nth-child(1){width:10rem}th:nth-child(2){width:38%}"
+    "th:nth-child(4){width:11rem}.where{font:12px/1.8 ui-monospace,monospace}h2.fused{color:#1a7f37}"
+    "h2.refused{color:#9a6700}</style>"
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -169,8 +169,8 @@ class _Constraints:
         if not all(self._in_range(s, v) for s, v in env.items()):
             return False
         memo: dict[sympy.Basic, sympy.Basic] = dict(env)
-        return all(map(_holds, (evaluate(g, memo) for g in self.guards))) and all(
-            _is_size(evaluate(e, memo)) for e in self.expressions
+        return all(_passes(_holds, g, memo) for g in self.guards) and all(
+            _passes(_is_size, e, memo) for e in self.expressions
         )
 
     def pool(self, symbol: sympy.Symbol, generator: random.Random) -> list[sympy.Expr]:
@@ -185,7 +185,7 @@ class _Constraints:
             if value == int(hint) or not self._in_range(symbol, number):
                 continue
             memo: dict[sympy.Basic, sympy.Basic] = {symbol: number}
-            if all(_holds(evaluate(g, memo)) for g in alone):
+            if all(_passes(_holds, g, memo) for g in alone):
                 pool.append(number)
             if len(pool) == 2 * _POOL:
                 break
@@ -262,6 +262,13 @@ def _plain(value: sympy.Basic) -> Number:
     if value in (sympy.true, sympy.false):
         return value == sympy.true
     return float(value) if isinstance(value, sympy.Float) or not value.is_integer else int(value)
+
+
+def _passes(test: Callable[[sympy.Basic], bool], expr: sympy.Basic, memo: dict[sympy.Basic, sympy.Basic]) -> bool:
+    try:
+        return test(evaluate(expr, memo))
+    except ZeroDivisionError:  # such as T % (s // 64) for s below 64
+        return False
 
 
 def _holds(value: sympy.Basic) -> bool:

@@ -43,12 +43,12 @@ class TunedTable:
     Args:
         op: the op's name.
         path: the JSON file.
-        names: the parameters that every entry gives. All values are powers of two, or 0 where `switches` has them.
-        switches: parameters that are 0 or 1.
+        names: the parameters that every entry gives. All values are powers of two.
+        may_be_zero: parameters for which 0 is allowed too.
     """
 
-    def __init__(self, op: str, path: Path, names: tuple[str, ...], switches: tuple[str, ...] = ()) -> None:
-        self.op, self.names, self.switches = op, names, switches
+    def __init__(self, op: str, path: Path, names: tuple[str, ...], may_be_zero: tuple[str, ...] = ()) -> None:
+        self.op, self.names, self.may_be_zero = op, names, may_be_zero
         TABLES[op] = self
         self.entries: dict[str, dict[str, list[dict[str, Any]]]] = json.loads(path.read_text())
         for arch, classes in self.entries.items():
@@ -111,11 +111,10 @@ class TunedTable:
         for name, value in values.items():
             if name not in self.names:
                 raise ValueError(f"{where}: {self.op} has no launch parameter {name!r}; it has {', '.join(self.names)}")
-            if name in self.switches:
-                if value not in (0, 1):
-                    raise ValueError(f"{where}: {name} of {self.op} must be 0 or 1, got {value!r}")
-            elif not isinstance(value, int) or value < 1 or value & (value - 1):
-                raise ValueError(f"{where}: {name} of {self.op} must be a power of two, got {value!r}")
+            least = 0 if name in self.may_be_zero else 1
+            if not isinstance(value, int) or value < least or value & (value - 1):
+                zero = "0 or " if least == 0 else ""
+                raise ValueError(f"{where}: {name} of {self.op} must be {zero}a power of two, got {value!r}")
         return dict(values)
 
 

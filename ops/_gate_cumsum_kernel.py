@@ -8,7 +8,7 @@ issued before the first use, and carries the sum:
 * otherwise a step is a ROWS x LANES tile, summed along its rows by a parallel scan.
 
 Arithmetic is float32. Row offsets are 64-bit. Token strides that are known when the kernel is compiled are
-constants (RAW_ROW, OUT_ROW), which puts row addresses into the instructions; 0 means to read the run-time stride.
+constants, which puts row addresses into the instructions.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ def _gate(b_raw, b_bias, b_slope, b_rate, BETA: tl.constexpr, THRESHOLD: tl.cons
         # From 18 on both sides of the threshold round to z in float32.
         if THRESHOLD < 18.0:
             b_softplus = tl.where(b_z > THRESHOLD, b_z, b_softplus)
+        # Without a threshold exp overflows in float32, and so does what the reference computes.
+        if THRESHOLD > 88.0:
+            b_softplus = tl.where((b_z > 88.72284) & (b_z <= THRESHOLD), float("inf"), b_softplus)
         b_gate = b_rate * b_softplus
     return b_gate
 
@@ -61,19 +64,22 @@ def _serial_scan(
 ):  # fmt: skip
     """Row by row: p_raw and p_out are LANES pointers to the first row of the chunk."""
     b_sum = tl.zeros([LANES], dtype=tl.float32)
+    rows = _load_rows(p_raw, raw_row, 0, valid, b_lane, ROWS, MASKED)
     for first in tl.range(0, CHUNK, ROWS, loop_unroll_factor=1):
-        rows = _load_rows(p_raw, raw_row, first, valid, b_lane, ROWS, MASKED)
+        # The next step's loads are under way while this one is summed and stored.
+        p_raw += ROWS * raw_row
+        ahead = _load_rows(p_raw, raw_row, first + ROWS, valid, b_lane & (first + ROWS < CHUNK), ROWS, MASKED)
         for i in tl.static_range(ROWS):
             b_gate = _gate(rows[i].to(tl.float32), b_bias, b_slope, b_rate, BETA, THRESHOLD, BOUNDED)
             if MASKED and not PAD_GATE:
-                b_gate = tl.where(_within(b_lane, first + i, valid), b_gate, 0.0)
+                b_gate = tl.where(first + i < valid, b_gate, 0.0)
             b_sum += b_gate
             if MASKED and not STORE_TAIL:
-                tl.store(p_out + i * out_row, b_sum, mask=_within(b_lane, first + i, valid))
+                tl.store(p_out + i * out_row, b_sum, mask=b_lane & (first + i < valid))
             else:
                 tl.store(p_out + i * out_row, b_sum, mask=b_lane)
-        p_raw += ROWS * raw_row
         p_out += ROWS * out_row
+        rows = ahead
 
 
 @triton.jit
@@ -189,27 +195,39 @@ def gate_cumsum_kernel(
     raw_ptr, a_log_ptr, bias_ptr, out_ptr, cu_seqlens_ptr, chunk_indices_ptr,
     raw_offset, tokens, chunks, sequences,
     raw_stride_b, raw_stride_t, raw_stride_g, raw_stride_r, raw_stride_k,
-    a_stride_g, a_stride_r, a_stride_k,
-    bias_stride_g, bias_stride_r, bias_stride_k,
     out_stride_b, out_stride_n, out_stride_c, out_stride_h, out_stride_k,
     SCALE: tl.constexpr, LOWER_BOUND: tl.constexpr, BETA: tl.constexpr, THRESHOLD: tl.constexpr,
     BOUNDED: tl.constexpr, PAD_GATE: tl.constexpr, VARLEN: tl.constexpr,
-    G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, RAW_ROW: tl.constexpr, OUT_ROW: tl.constexpr,
+    G: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+    A_G: tl.constexpr, A_R: tl.constexpr, A_K: tl.constexpr,
+    BIAS_G: tl.constexpr, BIAS_R: tl.constexpr, BIAS_K: tl.constexpr,
+    RAW_B: tl.constexpr, RAW_T: tl.constexpr, RAW_G: tl.constexpr, RAW_R: tl.constexpr, RAW_K: tl.constexpr,
+    OUT_B: tl.constexpr, OUT_N: tl.constexpr, OUT_C: tl.constexpr, OUT_H: tl.constexpr, OUT_K: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, SERIAL: tl.constexpr, SEARCH: tl.constexpr,
+    TIME_INNER: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (lane blocks x chunks x batch,), lane blocks innermost so that neighbours read neighbouring memory.
+    """Grid: (lane blocks x chunks x batch,).
+
+    Lane blocks are innermost, so that neighbours read neighbouring memory, or with TIME_INNER the chunks are, so that
+    they write neighbouring memory where the result is head-major.
 
     raw [B, T, G, R, K], a_log and bias [G, R, K], any strides; out [B, N, CHUNK, H, K] by strides, H = G * R. With
-    VARLEN, B and N are 1 and `chunks` counts slots: `out_stride_c` then steps through all tokens.
+    VARLEN, B and N are 1 and `chunks` counts slots: `out_stride_c` then steps through all tokens. A stride comes either
+    compiled in (RAW_B and so on) or, where that is -1, as a run-time argument.
     """
     tl.static_assert(CHUNK % ROWS == 0, "ROWS must divide CHUNK")
     H: tl.constexpr = G * R
     lanes_in_all: tl.constexpr = K if K > 1 else H
     blocks: tl.constexpr = (lanes_in_all + LANES - 1) // LANES * (H if K > 1 else 1)
-    pid = tl.program_id(0).to(tl.int64)
-    block = (pid % blocks).to(tl.int32)
-    o_chunk = pid // blocks
     one = tl.full([], 1, tl.int64)
+    tile = tl.program_id(0)
+    if TIME_INNER:
+        slots = tl.num_programs(0) // blocks
+        block = tile // slots
+        o_chunk = (tile % slots).to(tl.int64)
+    else:
+        block = tile % blocks
+        o_chunk = (tile // blocks).to(tl.int64)
 
     # Lanes: o_h and o_k are the head and channel of each, one of them the same for the whole program.
     if K > 1:
@@ -225,17 +243,20 @@ def gate_cumsum_kernel(
         b_lane = tl.full([LANES], 0, tl.int32) == 0
     else:
         b_lane = o_lane < lanes_in_all
-    a_lane = _lane_offsets(o_h, o_k, a_stride_g, a_stride_r, a_stride_k, G, R, LANES)
+    a_lane = _lane_offsets(o_h, o_k, A_G, A_R, A_K, G, R, LANES)
     b_a = tl.load(a_log_ptr + a_lane, mask=b_lane, other=0.0).to(tl.float32)
     b_bias = tl.zeros_like(b_a)
     if bias_ptr is not None:
-        bias_lane = _lane_offsets(o_h, o_k, bias_stride_g, bias_stride_r, bias_stride_k, G, R, LANES)
+        bias_lane = _lane_offsets(o_h, o_k, BIAS_G, BIAS_R, BIAS_K, G, R, LANES)
         b_bias = tl.load(bias_ptr + bias_lane, mask=b_lane, other=0.0).to(tl.float32)
     b_bias, b_slope, b_rate = _gate_factors(b_a, b_bias, SCALE, LOWER_BOUND, BETA, BOUNDED)
 
     # Rows: the first token, its place in the output, and how many of the CHUNK rows are real tokens.
-    raw_row = one * (RAW_ROW if RAW_ROW > 0 else raw_stride_t)
-    out_row = one * (OUT_ROW if OUT_ROW > 0 else out_stride_c)
+    raw_row = one * (RAW_T if RAW_T >= 0 else raw_stride_t)
+    out_row = one * (OUT_C if OUT_C >= 0 else out_stride_c)
+    raw_batch = one * (RAW_B if RAW_B >= 0 else raw_stride_b)
+    out_batch = one * (OUT_B if OUT_B >= 0 else out_stride_b)
+    out_chunk = one * (OUT_N if OUT_N >= 0 else out_stride_n)
     if VARLEN:
         first_token, valid = _locate_chunk(
             o_chunk, cu_seqlens_ptr, chunk_indices_ptr, tokens, sequences, chunks, CHUNK, VARLEN == 2, SEARCH
@@ -247,10 +268,15 @@ def gate_cumsum_kernel(
         o_n = o_chunk % chunks
         first_token = o_n * CHUNK
         valid = tl.minimum(tl.maximum(tokens - first_token, 0), CHUNK)
-        out_base = o_batch * out_stride_b + o_n * out_stride_n
-    p_raw = raw_ptr + raw_offset + o_batch * raw_stride_b + first_token * raw_row
-    p_raw += _lane_offsets(o_h, o_k, raw_stride_g, raw_stride_r, raw_stride_k, G, R, LANES)
-    p_out = out_ptr + out_base + _lane_offsets(o_h, o_k, 0, out_stride_h, out_stride_k, 1, H, LANES)
+        out_base = o_batch * out_batch + o_n * out_chunk
+    p_raw = raw_ptr + raw_offset + o_batch * raw_batch + first_token * raw_row
+    raw_g = RAW_G if RAW_G >= 0 else raw_stride_g
+    raw_r = RAW_R if RAW_R >= 0 else raw_stride_r
+    raw_k = RAW_K if RAW_K >= 0 else raw_stride_k
+    p_raw += _lane_offsets(o_h, o_k, raw_g, raw_r, raw_k, G, R, LANES)
+    out_h = OUT_H if OUT_H >= 0 else out_stride_h
+    out_k = OUT_K if OUT_K >= 0 else out_stride_k
+    p_out = out_ptr + out_base + _lane_offsets(o_h, o_k, 0, out_h, out_k, 1, H, LANES)
     if valid == CHUNK:
         _scan(
             p_raw, p_out, raw_row, out_row, valid, b_lane, b_bias, b_slope, b_rate, BETA, THRESHOLD, BOUNDED,

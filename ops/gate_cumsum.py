@@ -18,6 +18,7 @@ Dims: B batch, T tokens, G groups and R heads of each (H = G * R heads), K chann
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ SCHEMA = (
 TABLE = TunedTable(
     "gate_cumsum",
     Path(__file__).parent / "tuned" / "gate_cumsum.json",
-    ("rows", "lanes", "warps", "serial"),
-    ("serial",),
+    ("rows", "lanes", "warps", "serial", "time_inner"),
+    ("serial", "time_inner"),
 )
 
 
@@ -130,7 +131,7 @@ def _fit(parameters: Parameters, chunk_size: int, heads: int, channels: int) -> 
 def parameters_for(
     arch: Architecture, layout: str, elements: int, chunk_size: int, heads: int, channels: int
 ) -> Parameters:
-    """Rows, lanes, warps and serial (see the kernel) for a shape; `elements` is the size of raw.
+    """The launch parameters (see the kernel) for a shape; `elements` is the size of raw.
 
     Raises:
         ValueError: parameters that the user forces cannot run; the message says why.
@@ -151,10 +152,19 @@ def _strides(operand: Operand | None, axes: slice) -> tuple[Size, ...]:
     return tuple(0 if static(n) == 1 else s for n, s in zip(operand.shape[axes], operand.strides[axes]))
 
 
-def _constant_stride(stride: Size) -> int:
-    """A token stride for the kernel to compile in, 0 where it is symbolic or not positive."""
-    known = static(stride)
-    return known if known is not None and known > 0 else 0
+def _stride_arguments(target: Target, tensor: str, axes: str, strides: Sequence[Size]) -> dict[str, Any]:
+    """Each stride as a constant of the kernel or as a run-time argument.
+
+    A kernel inside a compiled graph takes all that are known as constants: arguments cost time at every call. An eager
+    one does so for the stride between tokens alone, which puts row addresses into the instructions: the others depend
+    on T in some layouts, and a new T must not compile a new kernel.
+    """
+    found: dict[str, Any] = {}
+    for axis, stride in zip(axes, strides):
+        constant = static(stride) is not None and (target.inlined or axis in "tc")
+        found[f"{tensor.upper()}_{axis.upper()}"] = stride if constant else -1
+        found[f"{tensor}_stride_{axis}"] = None if constant else stride
+    return found
 
 
 def plan(
@@ -188,27 +198,24 @@ def plan(
         sequences = cu_seqlens.shape[0] - 1
         slots = chunk_indices.shape[0] if chunk_indices is not None else cdiv(tokens, chunk_size) + sequences
     lane_blocks = heads * cdiv(channels, use["lanes"]) if channels > 1 else cdiv(heads, use["lanes"])
-    raw_b, raw_t, *raw_lane = _strides(raw, slice(0, 5))
-    lanes = {f"raw_stride_{axis}": stride for axis, stride in zip("grk", raw_lane)}
-    for name, operand in (("a", a_log), ("bias", bias)):
-        lanes |= {f"{name}_stride_{axis}": s for axis, s in zip("grk", _strides(operand, slice(0, 3)))}
+    small = {}
+    for name, operand in (("A", a_log), ("BIAS", bias)):
+        small |= {f"{name}_{axis}": stride for axis, stride in zip("GRK", _strides(operand, slice(0, 3)))}
     args: dict[str, Any] = {
         "raw_ptr": raw, "a_log_ptr": a_log.whole(), "bias_ptr": bias and bias.whole(),
         "out_ptr": Output(shape, contiguous_strides(shape), torch.float32),
         "cu_seqlens_ptr": cu_seqlens and cu_seqlens.whole(),
         "chunk_indices_ptr": chunk_indices and chunk_indices.whole(),
         "raw_offset": raw.offset, "tokens": tokens, "chunks": chunks, "sequences": sequences,
-        "raw_stride_b": raw_b, "raw_stride_t": 0 if _constant_stride(raw_t) else raw_t, **lanes,
-        **{f"out_stride_{axis}": out_strides[axis] for axis in LAYOUT_AXES},
+        **_stride_arguments(target, "raw", "btgrk", _strides(raw, slice(0, 5))),
+        **_stride_arguments(target, "out", LAYOUT_AXES, [out_strides[axis] for axis in LAYOUT_AXES]), **small,
         "SCALE": scale, "LOWER_BOUND": 0.0 if lower_bound is None else lower_bound,
         "BETA": beta, "THRESHOLD": min(threshold, 1e30), "BOUNDED": lower_bound is not None,
         "PAD_GATE": pad_gate, "VARLEN": 0 if cu_seqlens is None else 1 if chunk_indices is None else 2,
         "G": groups, "R": per_group, "K": channels,
-        "RAW_ROW": _constant_stride(raw_t), "OUT_ROW": _constant_stride(out_strides["c"]),
         "CHUNK": chunk_size, "ROWS": use["rows"], "LANES": use["lanes"], "SERIAL": bool(use["serial"]), "SEARCH": 128,
+        "TIME_INNER": bool(use["time_inner"]),
     }  # fmt: skip
-    if args["OUT_ROW"]:
-        args["out_stride_c"] = 0
     return Launch(gate_cumsum_kernel, (lane_blocks * slots,), args, use["warps"])
 
 

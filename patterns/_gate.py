@@ -11,18 +11,25 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fusion_passes import aten as semantics
+from fusion_passes.element_rules import float32_range
 from fusion_passes.evaluate import hashed
 from fusion_passes.fusion import NearMiss
-from fusion_passes.probe import Samples, agree, sample, solve_scale
+from fusion_passes.probe import Draw, Samples, agree, choose, sample, solve_scale
 from fusion_passes.sizes import Sizes
 
 aten = torch.ops.aten
 
 COUNT = 384
+EDGE_COUNT = 48
 SEEDS = (1, 2)
+MOST_THRESHOLDS = 4
+EXTREMES = (0.0, 1e3, -1e3, math.inf, -math.inf, math.nan)
+PER_HEAD = (0.0, 4.0, -4.0, 20.0, -20.0, 60.0, -60.0, -math.inf, math.nan)
 
 COMPARISONS = {getattr(getattr(aten, name), kind) for name in ("gt", "ge", "lt", "le") for kind in ("Scalar", "Tensor")}
 PRODUCTS = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
+ARITHMETIC = PRODUCTS | {getattr(getattr(aten, n), k) for n in ("add", "sub", "rsub") for k in ("Scalar", "Tensor")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,21 +65,58 @@ def identify(root: Node, raw: Node, leaves: list[Node], interior: set[Node], siz
         Unsupported: it cannot be evaluated.
     """
     runs = [_sample(root, raw, leaves, sizes, seed) for seed in SEEDS]
+    edges: list[Samples] = []
     for a_log in leaves:
         bias = next((leaf for leaf in leaves if leaf is not a_log), None)
         for candidate in _candidates(runs[0], raw, a_log, bias, interior):
             for pad_gate in (False, True):
                 gate = dataclasses.replace(candidate, pad_gate=pad_gate)
                 if all(_explains(gate, run, raw) for run in runs):
-                    return gate
+                    edges = edges or list(_edges(root, raw, leaves, interior, sizes))
+                    if all(_explains(gate, run, raw) for run in edges):
+                        return gate
     raise NearMiss(_difference(runs[0], raw, leaves))
 
 
 def _sample(root: Node, raw: Node, leaves: list[Node], sizes: Sizes, seed: int) -> Samples:
-    draws = {raw: hashed(seed, -30.0, 30.0, special=(0.0, 1e3, -1e3, math.inf, -math.inf, math.nan))}
+    draws = {raw: hashed(seed, -30.0, 30.0, special=EXTREMES)}
     for i, leaf in enumerate(leaves):
         draws[leaf] = hashed(100 * seed + i, -1.5, 1.5)
     return sample(root, draws, sizes, COUNT, seed)
+
+
+def _edges(root: Node, raw: Node, leaves: list[Node], interior: set[Node], sizes: Sizes) -> Iterator[Samples]:
+    """Runs on both sides of the subgraph's own thresholds, and with per-head values that no model has.
+
+    Per-head leaves have few elements: each of them takes all values of a table in turn.
+    """
+    near = [c * s for c in _thresholds(interior) for s in (1.0, 1.001, 0.999, -1.0, -1.001, -0.999)]
+    draws = {raw: _picked(3, 0, (*EXTREMES, *near))}
+    yield sample(root, {**draws, **{leaf: _picked(0, 0, (0.0,)) for leaf in leaves}}, sizes, COUNT, 3)
+    places = choose(root, [raw, *leaves], sizes, EDGE_COUNT, 4)
+    table = (*PER_HEAD, *(c for c in near if abs(c) <= 60.0))
+    for turn in range(len(table)):
+        draws = {raw: hashed(200 + turn, -80.0, 80.0, special=EXTREMES)}
+        draws |= {leaf: _picked(300 + i, turn, table) for i, leaf in enumerate(leaves)}
+        yield places.sample(draws)
+
+
+def _picked(seed: int, turn: int, table: tuple[float, ...]) -> Draw:
+    """Values of a table by element; every element sees the next one in the next turn."""
+    values, places = torch.tensor(table, dtype=torch.float64), hashed(seed, 0.0, 2.0**20)
+    return lambda index: values[(places(index).long() + turn) % len(values)]
+
+
+def _thresholds(interior: set[Node]) -> list[float]:
+    """Numbers that values may be compared with: those of all nodes but arithmetic."""
+    found = {
+        float(arg)
+        for node in interior
+        if (node.target in semantics.POINTWISE and node.target not in ARITHMETIC) or node.target in semantics.FILLS
+        for arg in (*node.args, *node.kwargs.values())
+        if isinstance(arg, (int, float)) and not isinstance(arg, bool) and 0 < abs(arg) < 1e6
+    }
+    return sorted(found, key=abs)[:MOST_THRESHOLDS]
 
 
 def _candidates(run: Samples, raw: Node, a_log: Node, bias: Node | None, interior: set[Node]) -> Iterator[Gate]:
@@ -105,7 +149,7 @@ def _constants(interior: set[Node]) -> tuple[list[float], list[float]]:
 
 def softplus(z: Tensor, beta: float, threshold: float) -> Tensor:
     """log(1 + exp(beta z)) / beta, and z itself where beta z is above the threshold."""
-    return torch.where(beta * z > threshold, z, torch.log1p(torch.exp(beta * z)) / beta)
+    return torch.where(beta * z > threshold, z, torch.log1p(float32_range(torch.exp(beta * z))) / beta)
 
 
 def _formula(gate: Gate, run: Samples, raw: Tensor) -> tuple[Tensor, Tensor]:

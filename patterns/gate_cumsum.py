@@ -24,11 +24,12 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusion_passes import aten as semantics
 from fusion_passes import cone, rewrite
-from fusion_passes.access import AxisMap, factor_axes, trace_access
+from fusion_passes.access import AxisMap, factor_axes
 from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Refusal, Site
 from fusion_passes.layout import Piece, SubAxis, arrange, refine, sub_axes
 from fusion_passes.ops import gate_cumsum as op
 from fusion_passes.patterns._gate import Gate, identify
+from fusion_passes.patterns._gate_places import check_hidden, check_read, check_tail
 from fusion_passes.sizes import Sizes, Unsupported
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -53,7 +54,7 @@ def match(anchor: Node, context: Context) -> Site | None:
     value, root = anchor.meta["val"], _root(anchor)
     if value.dim() == 0:
         return None
-    time = int(anchor.args[1]) % value.dim()
+    time = semantics.arguments(anchor)["dim"] % value.dim()
     chunk_size = _chunk_size(anchor, time)
     whole = cone.backward(root)
     if any(node.target in REVERSALS for node in whole.interior):
@@ -132,16 +133,13 @@ def _prove(
     if not 1 <= len(leaves) <= 2:
         names = ", ".join(leaf.name for leaf in leaves) or "none"
         raise NearMiss(f"a gate has a per-head factor and at most a bias beside its input, found: {names}")
-    if any(node.target in semantics.RAMPS for node in interior):
-        raise NearMiss("its values depend on the position in the sequence itself")
     proofs = []
     for sizes in context.sizes:
+        check_hidden(raw, interior, sizes)
         gate = identify(root, raw, leaves, interior, sizes)
         maps = {leaf: factor_axes(root, leaf, sizes, stop=(raw, *leaves)) for leaf in (raw, *leaves)}
-        if any(composition.offset for axis_map in maps.values() for composition in axis_map.axes):
-            raise NearMiss("an operand is shifted against the others")
         axes = _roles(root, raw, gate, maps, time, chunk_size, sizes)
-        _check_tail(root, raw, axes, chunk_size, sizes)
+        _check_places(root, raw, maps, axes, sizes)
         proofs.append((gate, axes))
     if any(proof != proofs[0] for proof in proofs[1:]):
         raise NearMiss("it is a gate for some sizes only")
@@ -183,23 +181,18 @@ def _chunk_axis(raw_map: AxisMap, time: int, chunk_size: int) -> int | None:
     raise NearMiss("its input does not depend on the position in the chunk")
 
 
-def _check_tail(root: Node, raw: Node, axes: Axes, chunk_size: int, sizes: Sizes) -> None:
-    """Walk all axes: every position before the end of raw is read, and only the tail beyond it is padding."""
-    shape = sizes.shape(root)
-    tokens = sizes.numel(raw) * shape[axes.time] * (shape[axes.chunk] if axes.chunk is not None else 1)
-    tokens = tokens // sizes.numel(root) if tokens % sizes.numel(root) == 0 else 0
-    walks = [[axis] for axis in (*axes.batch, *axes.head, *axes.channel)]
-    walks.append([axes.time] if axes.chunk is None else [axes.chunk, axes.time])
-    for walk in walks:
-        count = math.prod(shape[axis] for axis in walk)
-        places = torch.arange(count)
-        coords = [torch.zeros(count, dtype=torch.int64) for _ in shape]
-        for axis in reversed(walk):
-            coords[axis] = places % shape[axis]
-            places = places // shape[axis]
-        real = torch.arange(count) < tokens if axes.time in walk else torch.ones(count, dtype=torch.bool)
-        if not torch.equal(trace_access(root, raw, coords, sizes).valid, real):
-            raise NearMiss("padding hides positions other than those after the last token")
+def _check_places(root: Node, raw: Node, maps: dict[Node, AxisMap], axes: Axes, sizes: Sizes) -> None:
+    """Every leaf is read wholly, the per-head ones alike in all chunks, and raw is hidden at its end at most."""
+    repeated = [atom for index, atom in enumerate(maps[raw].atoms) if index not in maps[raw].used()]
+    if repeated:
+        raise NearMiss(f"its input is repeated {repeated[0].size} times")
+    for leaf, axis_map in maps.items():
+        if leaf is not raw and axes.chunk is not None and axes.chunk not in axis_map.unused:
+            raise NearMiss(f"{leaf.name} is another one for every chunk")
+    lengths = {leaf: check_read(axis_map, axes.time, axes.chunk, leaf is raw) for leaf, axis_map in maps.items()}
+    clock = [axes.time] if axes.chunk is None else [axes.chunk, axes.time]
+    walks = [*([axis] for axis in (*axes.batch, *axes.head, *axes.channel)), clock]
+    check_tail(root, raw, walks, axes.time, lengths[raw] or 0, sizes)
 
 
 def _innermost(raw: Node, axis_map: AxisMap, sizes: Sizes) -> int | None:
@@ -286,8 +279,11 @@ def replace(site: Site, graph: Graph) -> Node:
     channels = [p for axis in axes.channel for p in pieces[axis]]
     parts = sub_axes(maps["raw"], pieces, [times])
     groups, rest = _head_groups(parts, heads)
-    batch = [p for p in parts if p.pieces[0].axis in axes.batch]
+    batch = _in_order(parts, [p for axis in axes.batch for p in pieces[axis]])
     clock = [p for p in parts if p.pieces[0].axis in times]
+    in_order = [p for axis in (axes.chunk, axes.time) if axis is not None for p in pieces[axis]]
+    if [p.pieces for p in clock] != [tuple(in_order)]:
+        raise Refusal("its tokens are not one axis of its input")
     lanes = _in_order(parts, channels)
     raw = arrange(graph, site.leaves["raw"], parts, [batch, clock, groups, rest, lanes])
     counts = [math.prod(q.size for p in group for q in p.pieces) for group in (groups, rest, lanes)]
@@ -327,7 +323,10 @@ def _per_head(
     """A per-head or per-channel leaf as [groups, heads per group, channels], with zero strides where it repeats."""
     parts = sub_axes(axis_map, pieces)
     grouped = [heads[:1], heads[1:]] if len(heads) == 2 else [[], heads]
-    view = arrange(graph, leaf, parts, [_in_order(parts, group) for group in (*grouped, channels)])
+    groups = [_in_order(parts, group) for group in (*grouped, channels)]
+    if any(found and len(found) < len(group) for found, group in zip(groups, (*grouped, channels))):
+        raise Refusal(f"{leaf.name} is repeated within the heads or channels")
+    view = arrange(graph, leaf, parts, groups)
     return rewrite.call(graph, aten.expand.default, view, counts)
 
 

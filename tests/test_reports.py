@@ -1,0 +1,174 @@
+"""Report as text, JSON and HTML, the records behind it, and where they can be read besides."""
+
+from __future__ import annotations
+
+import dataclasses
+import html.parser
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fusion_passes
+from fusion_passes import records
+from fusion_passes.records import Record
+from fusion_passes.reports import Report, saved
+from tests import gates
+
+ROOT = Path(__file__).resolve().parents[1]
+
+FUSED = Record("gate_cumsum", "fused", "softplus gate", "/m/models/kimi/modeling.py:7", "cumsum", saved_bytes=2_500_000)
+REFUSED = Record("qkv_split", "refused", 'raw < 3 & "odd"', "/a/<b>.py:1", "split")
+MISS = Record("gate_cumsum", "near_miss", "over int64", "", "cumsum_3")
+
+
+def test_counts_are_of_fused_sites_and_missing_names_are_zero() -> None:
+    report = Report((FUSED, FUSED, REFUSED, MISS))
+    assert report.counts == {"gate_cumsum": 2}
+    assert report.counts["qkv_split"] == 0 and "qkv_split" not in report.counts
+    assert report.fused == [FUSED, FUSED] and report.refusals == [REFUSED] and report.near_misses == [MISS]
+
+
+def test_text_groups_equal_records_and_shortens_paths() -> None:
+    text = str(Report((FUSED, MISS, FUSED), ("A note.",)))
+    assert text.splitlines() == [
+        "fusion_passes: fused gate_cumsum 2",
+        "",
+        "Fused",
+        "  gate_cumsum x2  models/kimi/modeling.py:7",
+        "      softplus gate; saves 2.5 MB per call",
+        "",
+        "Near misses: looked at and found to be something else",
+        "  gate_cumsum  cumsum_3",
+        "      over int64",
+        "",
+        "A note.",
+    ]
+
+
+def test_text_of_nothing() -> None:
+    assert str(Report(())) == "fusion_passes: no candidate for a fusion was found"
+    assert str(Report((), ("A note.",))).splitlines()[1:] == ["A note."]
+    assert str(Report((MISS,))).startswith("fusion_passes: fused nothing\n")
+
+
+@pytest.mark.parametrize(
+    "count, launches, words",
+    [
+        (None, None, ""),
+        (0, None, "0 B"),
+        (900, 0, "900 B"),
+        (4096, 1, "4.1 kB, 1 launch"),
+        (None, 3, "3 launches"),
+        (1_234_567_890, 2, "1,234.6 MB, 2 launches"),
+    ],
+)
+def test_savings_in_words(count: int | None, launches: int | None, words: str) -> None:
+    record = dataclasses.replace(FUSED, saved_bytes=count, saved_launches=launches)
+    assert saved(record) == words
+    assert ("saves" in str(Report((record,)))) == bool(words)
+
+
+def test_json_holds_every_field() -> None:
+    data = json.loads(Report((FUSED, REFUSED, MISS), ("A note.",)).to_json())
+    assert list(data) == ["counts", "fused", "refusals", "near_misses", "notes"]
+    assert data["counts"] == {"gate_cumsum": 1} and data["notes"] == ["A note."]
+    assert [Record(**r) for r in data["fused"] + data["refusals"] + data["near_misses"]] == [FUSED, REFUSED, MISS]
+
+
+class Page(html.parser.HTMLParser):
+    """Text of the cells and headings, attributes, and whether every opened element that needs it is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.titles: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag != "meta":
+            self.open.append(tag)
+        self.titles += [value or "" for name, value in attrs if name == "title"]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.texts.append(data)
+
+
+def test_html_escapes_groups_and_closes(tmp_path: Path) -> None:
+    path = Report((FUSED, REFUSED, FUSED), ("A <note>.",)).to_html(tmp_path / "report.html")
+    page = Page(path.read_text(encoding="utf-8"))
+    assert page.open == []
+    assert {"gate_cumsum x2", "2.5 MB", "A <note>.", REFUSED.reason, "/a/<b>.py:1"} <= set(page.texts)
+    assert page.titles == [FUSED.source, REFUSED.source]
+    assert "<b>.py" not in path.read_text() and "http" not in path.read_text()
+
+
+def test_html_of_nothing(tmp_path: Path) -> None:
+    page = Page(Report(()).to_html(str(tmp_path / "r.html")).read_text())
+    assert "No candidate for a fusion was found." in page.texts and "nothing" in page.texts
+
+
+def test_records_come_back_in_order_and_as_often_as_kept() -> None:
+    records.remember([FUSED, MISS, FUSED])
+    assert records.recall() == [FUSED, FUSED, MISS]
+    assert fusion_passes.report().counts["gate_cumsum"] == 2
+
+
+def test_source_is_the_models_line_and_not_torchs() -> None:
+    def frames(*paths: str) -> str:
+        return "".join(f'  File "{p}", line {i}, in forward\n    x\n' for i, p in enumerate(paths))
+
+    graph = torch.fx.Graph()
+    node = graph.placeholder("x")
+    user = graph.call_function(torch.relu, (node,))
+    assert records.source_of(user) == ""
+    node.meta["stack_trace"] = frames("/m/input.py")
+    assert records.source_of(user) == "/m/input.py:0"
+    user.meta["stack_trace"] = frames("/m/outer.py", "/m/model.py", "/lib/torch/nn/functional.py")
+    assert records.source_of(user) == "/m/model.py:1"
+
+
+def test_report_covers_all_compiles_of_the_process() -> None:
+    args = gates.inputs()
+    options: dict[str, Any] = {"fusion_passes.reference_on_cpu": True}
+    for f in (gates.gate, lambda *a: gates.gate(*a).transpose(1, 2)):
+        torch.compile(f, backend="fusion_passes", options=options)(*args)
+    report = fusion_passes.report()
+    assert report.counts == {"gate_cumsum": 2} and len({r.graph for r in report.fused}) == 2
+
+
+PROGRAM = """
+import torch
+from tests import gates
+torch.compile(gates.gate, backend="fusion_passes", options={"fusion_passes.reference_on_cpu": True})(*gates.inputs())
+"""
+
+
+def test_logs_and_structured_trace(tmp_path: Path) -> None:
+    environment = {"TORCH_LOGS": "+fusion_passes", "TORCH_TRACE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "gate_cumsum fused at " in done.stderr and "softplus gate of float32" in done.stderr
+    assert "1 of 1 candidate sites fused" in done.stderr
+    (log,) = tmp_path.glob("*.log")
+    lines = log.read_text().splitlines()
+    (at,) = [i for i, line in enumerate(lines) if '"name": "fusion_passes_report"' in line]
+    payload = []
+    for line in lines[at + 1 :]:
+        if not line.startswith("\t"):
+            break
+        payload.append(line[1:])
+    (record,) = json.loads("\n".join(payload))
+    assert record["fusion"] == "gate_cumsum" and record["outcome"] == "fused" and "gates.py:" in record["source"]
