@@ -198,7 +198,7 @@ def plan(
         sequences = cu_seqlens.shape[0] - 1
         slots = chunk_indices.shape[0] if chunk_indices is not None else cdiv(tokens, chunk_size) + sequences
     lane_blocks = heads * cdiv(channels, use["lanes"]) if channels > 1 else cdiv(heads, use["lanes"])
-    small = {}
+    small: dict[str, Size] = {}
     for name, operand in (("A", a_log), ("BIAS", bias)):
         small |= {f"{name}_{axis}": stride for axis, stride in zip("GRK", _strides(operand, slice(0, 3)))}
     args: dict[str, Any] = {
