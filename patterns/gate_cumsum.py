@@ -100,8 +100,7 @@ def _cuts(root: Node, whole: cone.Cone, time: int, sizes: Sizes) -> Iterator[tup
     timed = [leaf for leaf in whole.leaves if _depends_on(root, leaf, time, sizes)]
     if len(timed) == 1:
         for view in dict.fromkeys((cone.last_alias(timed[0], whole.interior), timed[0])):
-            part = cone.backward(root, stop={view})
-            yield view, [leaf for leaf in part.leaves if leaf is not view], part.interior
+            yield _cut(root, view)
     numel = sizes.numel(root)
     tried = 0
     for node in sorted(whole.interior):
@@ -110,13 +109,20 @@ def _cuts(root: Node, whole: cone.Cone, time: int, sizes: Sizes) -> Iterator[tup
             continue
         if not numel // 2 <= sizes.numel(node) <= numel or node is root:
             continue
-        part = cone.backward(root, stop={node})
-        rest = [leaf for leaf in part.leaves if leaf is not node]
-        if node in part.leaves and len(rest) <= 2 and not any(_depends_on(root, leaf, time, sizes) for leaf in rest):
-            yield node, rest, part.interior
+        _, rest, interior = _cut(root, node)
+        if len(rest) <= 2 and not any(_depends_on(root, leaf, time, sizes) for leaf in rest):
+            yield node, rest, interior
             tried += 1
         if tried == MAX_CUTS:
             return
+
+
+def _cut(root: Node, raw: Node) -> tuple[Node, list[Node], set[Node]]:
+    """Raw, the other leaves, each at its last view, and the nodes between them and the root."""
+    part = cone.backward(root, stop={raw})
+    others = [cone.last_alias(leaf, part.interior) for leaf in part.leaves if leaf is not raw]
+    part = cone.backward(root, stop={raw, *others})
+    return raw, [leaf for leaf in part.leaves if leaf is not raw], part.interior
 
 
 def _depends_on(root: Node, leaf: Node, axis: int, sizes: Sizes) -> bool:

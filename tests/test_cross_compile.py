@@ -62,8 +62,8 @@ def test_tuned_configurations(arch: str, shape_class: str, launch: Launch, tmp_p
     threads = launch.num_warps * limits.warp_size
     assert binary.spilled == 0
     assert binary.shared <= limits.shared_memory
-    # Enough blocks fit on a multiprocessor to keep 16 warps in flight.
-    assert binary.registers <= 128
+    # Enough blocks fit on a multiprocessor to keep 12 warps in flight, each with two steps of loads.
+    assert binary.registers <= 168
     if arch.startswith("sm_") and shape_class == "channel" and launch.args["SERIAL"]:
         per_thread = max(1, launch.args["LANES"] // threads)
         width = {1: r"STG\.E$", 2: r"STG\.E\.64", 4: r"STG\.E\.128"}[min(per_thread, 4)]
@@ -77,7 +77,8 @@ def test_whole_rows_move_in_wide_accesses(arch: str, tmp_path: Path) -> None:
     launch = launch_of(arch, 32, 128, 4096, "bhnck", "rows=16,lanes=128,warps=1,serial=1")
     binary = sass.compile_launch(launch, arch, tmp_path)
     assert binary.count(r"STG\.E(\.ENL2)?\.128") == binary.count("STG") == 32
-    assert binary.count(r"LDG\.E(\.ENL2)?\.64") == 32
+    # Twice the stores: the first step's loads come before the loop, the next steps' inside it.
+    assert binary.count(r"LDG\.E(\.ENL2)?\.64") == 64
     assert binary.registers <= 96
     # The budget of instructions per element: memory stays the bound as long as it is under about 30.
     assert sum(binary.instructions.values()) / (2 * 16 * 4) <= 25
