@@ -68,14 +68,15 @@ def _serial_scan(
     for first in tl.range(0, CHUNK, ROWS, loop_unroll_factor=1):
         # The next step's loads are under way while this one is summed and stored.
         p_raw += ROWS * raw_row
-        ahead = _load_rows(p_raw, raw_row, first + ROWS, valid, b_lane & (first + ROWS < CHUNK), ROWS, MASKED)
+        b_inside = _within(b_lane, first + ROWS, CHUNK)
+        ahead = _load_rows(p_raw, raw_row, first + ROWS, valid, b_inside, ROWS, MASKED)
         for i in tl.static_range(ROWS):
             b_gate = _gate(rows[i].to(tl.float32), b_bias, b_slope, b_rate, BETA, THRESHOLD, BOUNDED)
             if MASKED and not PAD_GATE:
-                b_gate = tl.where(first + i < valid, b_gate, 0.0)
+                b_gate = tl.where(_within(b_lane, first + i, valid), b_gate, 0.0)
             b_sum += b_gate
             if MASKED and not STORE_TAIL:
-                tl.store(p_out + i * out_row, b_sum, mask=b_lane & (first + i < valid))
+                tl.store(p_out + i * out_row, b_sum, mask=_within(b_lane, first + i, valid))
             else:
                 tl.store(p_out + i * out_row, b_sum, mask=b_lane)
         p_out += ROWS * out_row

@@ -79,7 +79,8 @@ def test_whole_rows_move_in_wide_accesses(arch: str, tmp_path: Path) -> None:
     assert binary.count(r"STG\.E(\.ENL2)?\.128") == binary.count("STG") == 32
     # Twice the stores: the first step's loads come before the loop, the next steps' inside it.
     assert binary.count(r"LDG\.E(\.ENL2)?\.64") == 64
-    assert binary.registers <= 96
+    # Two steps of loads are held, which is what hides their latency.
+    assert binary.registers <= 160
     # The budget of instructions per element: memory stays the bound as long as it is under about 30.
     assert sum(binary.instructions.values()) / (2 * 16 * 4) <= 25
 
