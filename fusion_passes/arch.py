@@ -44,11 +44,12 @@ class Architecture:
 
 
 # sm_90 rates were measured on an H200; the others are 88 % of the memory rate and 79 % of the matrix rate that the
-# vendors publish for A100 80GB, B200 and MI300X, the shares that the H200 reaches.
+# vendors publish for A100 80GB, L40S, B200 and MI300X, the shares that the H200 reaches.
 TABLE = {
     "sm_80": Architecture(
         "sm_80", "NVIDIA A100", 108, 166_912, 65_536, 1024, 32, 1.79e12, 2.46e14, fp8=False, pdl=False
     ),
+    "sm_89": Architecture("sm_89", "NVIDIA L40S", 142, 101_376, 65_536, 1024, 32, 7.6e11, 2.86e14, fp8=True, pdl=False),
     "sm_90": Architecture("sm_90", "NVIDIA H200", 132, 232_448, 65_536, 1024, 32, 4.25e12, 7.86e14, fp8=True, pdl=True),
     "sm_100": Architecture(
         "sm_100", "NVIDIA B200", 148, 232_448, 65_536, 1024, 32, 7.04e12, 1.78e15, fp8=True, pdl=True

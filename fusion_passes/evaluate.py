@@ -42,12 +42,16 @@ class Evaluator:
         leaves: for each node where the evaluation ends, its values at row-major indices (int64 [n] -> [n]).
         sizes: the integers to use for symbolic sizes.
         budget: the most elements that may be computed, over the lifetime of the evaluator.
+        round_float8: False makes casts to float8 identities too, to look at the values that go into them.
     """
 
-    def __init__(self, leaves: Mapping[Node, Leaf], sizes: Sizes, budget: int = 2**24) -> None:
+    def __init__(
+        self, leaves: Mapping[Node, Leaf], sizes: Sizes, budget: int = 2**24, round_float8: bool = True
+    ) -> None:
         self.leaves = dict(leaves)
         self.sizes = sizes
         self.budget = budget
+        self.round_float8 = round_float8
         self.roundings: list[Node] = []
         self.computed = 0
         self._memo: dict[Node, tuple[Tensor, Tensor]] = {}  # sorted indices, their values

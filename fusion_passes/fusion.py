@@ -8,7 +8,7 @@ Each of them answers with a reason in words when the answer is no; nothing is de
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ class Site:
     Attributes:
         anchor: the node the search started from.
         replaced: the node whose value the fused op will provide.
+        also: further nodes whose values the same fused op provides, in the order in which `replace` returns them.
         leaves: the tensors that the fused op reads, by operand name.
         interior: nodes whose work the fused op takes over; none of their large values may be needed elsewhere.
         params: whatever `replace` needs beside the leaves.
@@ -70,10 +71,20 @@ class Site:
     summary: str = ""
     saved_bytes: int | None = None
     saved_launches: int | None = None
+    also: tuple[Node, ...] = ()
+
+    @property
+    def outputs(self) -> tuple[Node, ...]:
+        """Every node whose value the fused op will provide."""
+        return (self.replaced, *self.also)
 
 
 def _always(site: Site, context: Context) -> Reason:
     return None
+
+
+def _any(anchor: Node) -> bool:
+    return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +98,13 @@ class Fusion:
         match: proves the meaning of the subgraph at an anchor and returns a Site, None if the anchor is of no
             interest at all, or raises `NearMiss` with the reason.
         replace: builds the fused call beside the old nodes and returns the node that takes the place of
-            `site.replaced`, with the same shape, strides and dtype. New nodes go before the insertion point that
-            the caller has set.
+            `site.replaced`, with the same shape, strides and dtype; a sequence of them, one for each of
+            `site.outputs`, where there are several. New nodes go before the insertion point that the caller has
+            set, which all leaves precede.
         guard: why the site must be left alone although it matches, or None.
         profit: why replacing it would not pay, or None.
+        wants: a cheap look at an anchor: False where it is of no interest at all, such as a cast to another dtype.
+            Nothing is recorded of such anchors, whatever their device.
         dtypes: floating dtypes that the leaves may have.
         absorbs: names of fusions that are part of this one and are not attempted on what it has taken.
         default: whether "default" in the `fusions` setting includes it.
@@ -101,9 +115,10 @@ class Fusion:
     doc: str
     anchors: tuple[torch._ops.OpOverload, ...]
     match: Callable[[Node, Context], Site | None]
-    replace: Callable[[Site, Graph], Node]
+    replace: Callable[[Site, Graph], Node | Sequence[Node]]
     guard: Callable[[Site, Context], Reason] = _always
     profit: Callable[[Site, Context], Reason] = _always
+    wants: Callable[[Node], bool] = _any
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     absorbs: tuple[str, ...] = ()
     default: bool = True

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
-from fusion_passes import guards, records, registry, rewrite, tuning, verify
+from fusion_passes import expectation, guards, records, registry, rewrite, tuning, verify
 from fusion_passes.fingerprint import fingerprint
 from fusion_passes.fusion import Context, Fusion, NearMiss, Refusal, Site
 from fusion_passes.records import Outcome, Record
+from fusion_passes.reports import Report
 from fusion_passes.settings import LAUNCH_META, Settings
 from fusion_passes.sizes import Unsupported, assignments
 
@@ -38,6 +40,9 @@ class FusionPass(CustomGraphPass):
         self.as_if_cuda = as_if_cuda
         self.fusions = registry.select(settings.fusions)
         tuning.check(settings.launch)
+        self.expected = expectation.parse(settings.expect)
+        selected = (fusion.name for fusion in self.fusions)
+        expectation.check_names(self.expected, registry.known(), selected, settings.fusions)
         self.found: list[Record] = []
 
     def __eq__(self, other: object) -> bool:
@@ -57,15 +62,18 @@ class FusionPass(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         try:
             self._run(graph)
+        except expectation.ExpectationError:
+            raise
         except Exception:
             if self.settings.strict:
                 raise
             log.warning("fusion_passes failed on a graph, which is compiled without it", exc_info=True)
 
     def _run(self, graph: Graph) -> None:
-        found: list[Record] = []
+        found = _calls(graph) if self.fusions else []
         for fusion in self.fusions:
-            anchors = [n for target in fusion.anchors for n in graph.find_nodes(op="call_function", target=target)]
+            candidates = (n for t in fusion.anchors for n in graph.find_nodes(op="call_function", target=t))
+            anchors = [n for n in candidates if fusion.wants(n)]
             if anchors:
                 # The observer lets TORCH_LOGS, the bisector and `disabled_passes` name each fusion.
                 name, module = f"fusion_passes.{fusion.name}", graph.owning_module
@@ -73,15 +81,19 @@ class FusionPass(CustomGraphPass):
                 observer = GraphTransformObserver(module, name, "post_grad_passes")
                 observer.apply_graph_pass(functools.partial(self._apply, fusion, anchors, found))
         if any(record.outcome == "fused" for record in found):
-            graph.eliminate_dead_code()
             graph.lint()
         if found:
             self._publish(graph, found)
+        if not self.as_if_cuda:
+            self._conclude(graph, found)
 
     def _apply(self, fusion: Fusion, anchors: list[Node], found: list[Record], graph: Graph) -> None:
         with unset_fake_temporarily():
             context = Context(graph, self.settings, [])
+            alive = set(graph.nodes)
             for anchor in anchors:
+                if anchor not in alive:
+                    continue  # taken by an earlier site, which may provide several values
                 reason = self._device_reason(anchor)
                 if reason is not None:
                     found.append(_record(fusion, "near_miss", reason, anchor))
@@ -90,6 +102,9 @@ class FusionPass(CustomGraphPass):
                 record = self._attempt(fusion, anchor, context)
                 if record is not None:
                     found.append(record)
+                if record is not None and record.outcome == "fused":
+                    graph.eliminate_dead_code()
+                    alive = set(graph.nodes)
 
     def _device_reason(self, anchor: Node) -> str | None:
         value = anchor.meta.get("val")
@@ -111,7 +126,8 @@ class FusionPass(CustomGraphPass):
             if reason is not None:
                 return _record(fusion, "refused", reason, anchor)
             build = functools.partial(self._build, fusion, site, context)
-            rewrite.replace(context.graph, site.replaced, build, context.sizes, {LAUNCH_META: self.settings.launch})
+            leaves, meta = site.leaves.values(), {LAUNCH_META: self.settings.launch}
+            rewrite.replace(context.graph, site.outputs, leaves, build, context.sizes, meta)
         except NearMiss as miss:
             return _record(fusion, "near_miss", str(miss), anchor)
         except Unsupported as unsupported:
@@ -125,8 +141,9 @@ class FusionPass(CustomGraphPass):
             return _record(fusion, "refused", f"internal error: {type(error).__name__}: {error}", anchor)
         return _record(fusion, "fused", site.summary, anchor, site)
 
-    def _build(self, fusion: Fusion, site: Site, context: Context) -> Node:
-        new = fusion.replace(site, context.graph)
+    def _build(self, fusion: Fusion, site: Site, context: Context) -> Sequence[Node]:
+        built = fusion.replace(site, context.graph)
+        new = (built,) if isinstance(built, Node) else built
         if self.settings.verify:
             verify.check(fusion, site, new, context.sizes[0])
         return new
@@ -146,6 +163,16 @@ class FusionPass(CustomGraphPass):
             metadata_fn=lambda: {"name": "fusion_passes_report", "encoding": "json"},
             payload_fn=lambda: json.dumps([dataclasses.asdict(record) for record in found]),
         )
+
+    def _conclude(self, graph: Graph, found: list[Record]) -> None:
+        """Compare with what was expected, and say so where nothing was fused."""
+        whole = expectation.of_whole_graph(graph, found)
+        if whole is None:
+            return
+        if self.expected:
+            Report(tuple(whole), (expectation.where_counted(),)).expect(self.expected)
+        if self.fusions:
+            expectation.warn_if_nothing(whole)
 
 
 class ComposedPass(CustomGraphPass):
@@ -190,6 +217,17 @@ def compose(slot: Any, ours: FusionPass) -> Any:
     if hasattr(torch._inductor.custom_graph_pass, "get_custom_graph_passes"):
         return passes
     return ComposedPass(*passes)
+
+
+def _calls(graph: Graph) -> list[Record]:
+    """The ops of this package that the model calls itself, as one bound by `fusion_passes.transformers` does."""
+    nodes = (n for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload))
+    reason = "not searched for: the model calls the op, being bound to it or by name"
+    return [
+        Record(n.target._opname, "fused", reason, records.source_of(n), n.name)
+        for n in nodes
+        if n.target.namespace == "fusion_passes"
+    ]
 
 
 def _record(fusion: Fusion, outcome: Outcome, reason: str, anchor: Node, site: Site | None = None) -> Record:

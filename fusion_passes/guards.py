@@ -26,7 +26,7 @@ def common_reason(fusion: Fusion, site: Site, context: Context) -> Reason:
 
 def devices(site: Site) -> Reason:
     """All leaves and the result live on one device."""
-    found = {str(n.meta["val"].device) for n in (*site.leaves.values(), site.replaced)}
+    found = {str(n.meta["val"].device) for n in (*site.leaves.values(), *site.outputs)}
     return f"its tensors live on different devices: {', '.join(sorted(found))}" if len(found) > 1 else None
 
 
@@ -54,18 +54,18 @@ def roundings(site: Site) -> Reason:
 def escapes(site: Site, context: Context) -> Reason:
     """No large intermediate of the site is needed by anything else.
 
-    Small ones (an eighth of the result or less, such as a per-head factor) are simply computed again.
+    Small ones (an eighth of the smallest result or less, such as a per-head factor) are simply computed again.
     """
     sizes = context.sizes[0]
-    large = sizes.numel(site.replaced) // 8
-    consumed = site.interior | {site.anchor, site.replaced}
-    for node in sorted(site.interior - {site.replaced}):
+    large = min(map(sizes.numel, site.outputs)) // 8
+    consumed = site.interior | {site.anchor, *site.outputs}
+    for node in sorted(site.interior - {*site.outputs}):
         if not isinstance(node.meta.get("val"), torch.Tensor) or sizes.numel(node) <= large:
             continue
         if any(cone.carries(node, leaf) for leaf in site.leaves.values()):
             continue
         for user in node.users:
-            if user in consumed or user.target is operator.getitem:
+            if user in consumed or user.target is operator.getitem or _is_dead(user):
                 continue
             what = f"an intermediate ({node.name}, {_what(node)})"
             if user.op == "output":
@@ -75,16 +75,22 @@ def escapes(site: Site, context: Context) -> Reason:
     return None
 
 
+def _is_dead(node: Node) -> bool:
+    """Is `node` one that nothing uses, such as a view that a write went through?"""
+    return node.op == "call_function" and not node.is_impure() and all(map(_is_dead, node.users))
+
+
 def mutations(site: Site, context: Context) -> Reason:
-    """No leaf's memory is written between the first read in the subgraph and the place of the fused op."""
+    """No leaf's memory is written between the first read in the subgraph and the last."""
     writers = [n for n in context.graph.nodes if _mutates(n)]
     if not writers:
         return None
     order = {node: i for i, node in enumerate(context.graph.nodes)}
     first = min(order[n] for n in site.interior | {site.anchor})
+    last = max(order[n] for n in site.outputs)
     storages = {_storage(leaf): name for name, leaf in site.leaves.items()}
     for writer in writers:
-        if first < order[writer] < order[site.replaced]:
+        if first < order[writer] < last:
             for node in writer.all_input_nodes:
                 if _storage(node) in storages:
                     return f"{storages[_storage(node)]} is written by {writer.name} between its read and its use"

@@ -84,9 +84,9 @@ class Operand:
         return dataclasses.replace(self, offset=0, handle=self.view)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Output:
-    """A tensor that the launch writes; every element of it."""
+    """A tensor that a launch writes; every element that anybody reads. One object is one tensor."""
 
     shape: tuple[Size, ...]
     strides: tuple[Size, ...]
@@ -102,6 +102,8 @@ class Launch:
         grid: one to three sizes.
         args: every argument of the kernel by name: `Operand`, `Output`, number or None. constexprs included.
         num_warps, num_stages: as Triton takes them.
+        pdl: programmatic dependent launch: the kernel may start before the one ahead of it has ended, and waits for it
+            itself. For eager launches alone, since Inductor's launcher of foreign kernels has no such option.
     """
 
     kernel: Any
@@ -109,10 +111,24 @@ class Launch:
     args: dict[str, Any]
     num_warps: int
     num_stages: int = 1
+    pdl: bool = False
 
     @property
     def outputs(self) -> tuple[Output, ...]:
         return tuple(value for value in self.args.values() if isinstance(value, Output))
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Launches that run one after the other.
+
+    Attributes:
+        launches: in order; those after the first may take `Output`s of earlier ones as inputs.
+        outputs: the results of the op, in order. Every other `Output` is scratch memory, freed after its last use.
+    """
+
+    launches: tuple[Launch, ...]
+    outputs: tuple[Output, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +140,7 @@ class Target:
     inlined: bool = False
 
 
-Plan = Callable[..., Launch]
+Plan = Callable[..., Launch | Program]
 
 
 def cdiv(a: Size, b: int) -> Size:
@@ -149,7 +165,14 @@ def contiguous_strides(shape: Sequence[Size]) -> tuple[Size, ...]:
 
 
 def define(
-    name: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any], plan: Plan, backward: str
+    name: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    plan: Plan,
+    backward: str,
+    keep_stride_order: bool = False,
 ) -> torch._ops.OpOverload:
     """Register `torch.ops.fusion_passes.<name>` and its lowering.
 
@@ -158,8 +181,11 @@ def define(
         schema: the part of the schema after the name, "(Tensor x, int n) -> Tensor".
         reference: the CPU implementation.
         fake: checks the arguments' metadata and returns empty outputs.
-        plan: `plan(target, *args)` with tensors as `Operand`s; may raise `NotInlinable` on symbolic sizes.
+        plan: `plan(target, *args)` with tensors as `Operand`s; a `Program` where one launch is not enough. May
+            raise `NotInlinable` on symbolic sizes.
         backward: why there is no gradient; the message of the error that a backward pass raises.
+        keep_stride_order: the fake refuses some orders of strides. Inductor is free to lay out a tensor that it
+            computes itself otherwise than the graph says, unless it is told.
 
     Returns:
         The overload `torch.ops.fusion_passes.<name>.default`.
@@ -175,6 +201,8 @@ def define(
     torch.library.register_autograd(f"fusion_passes::{name}", no_gradient, lib=LIBRARY)
     op = getattr(torch.ops.fusion_passes, name).default
     inline(op, plan)
+    if keep_stride_order:
+        inductor.add_layout_constraint(op, inductor.constrain_to_fx_strides)
     return op
 
 
@@ -191,15 +219,27 @@ def _launch(fake: Callable[..., Any], plan: Plan, *args: Any) -> Any:
     if all(t.numel() == 0 for t in outputs):
         return out
     device = outputs[0].device
-    launch = plan(Target(architectures.of_device(device), int), *map(_operand, args))
-    allocated = iter(outputs)
-    values = {
-        name: value.handle if isinstance(value, Operand) else next(allocated) if isinstance(value, Output) else value
-        for name, value in launch.args.items()
-    }
+    program = _program(plan(Target(architectures.of_device(device), int), *map(_operand, args)))
+    tensors: dict[Output, torch.Tensor] = dict(zip(program.outputs, outputs))
     with torch.cuda.device(device):
-        launch.kernel[launch.grid](**values, num_warps=launch.num_warps, num_stages=launch.num_stages)
+        for launch in program.launches:
+            for scratch in launch.outputs:
+                if scratch not in tensors:
+                    tensors[scratch] = torch.empty(scratch.shape, dtype=scratch.dtype, device=device)
+            values = {
+                name: value.handle if isinstance(value, Operand)
+                else tensors[value] if isinstance(value, Output) else value
+                for name, value in launch.args.items()
+            }  # fmt: skip
+            options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+            if launch.pdl:
+                options["launch_pdl"] = True
+            launch.kernel[launch.grid](**values, **options)
     return out
+
+
+def _program(plan: Launch | Program) -> Program:
+    return plan if isinstance(plan, Program) else Program((plan,), plan.outputs)
 
 
 def inline(op: torch._ops.OpOverload, plan: Plan) -> None:
@@ -215,11 +255,11 @@ def inline(op: torch._ops.OpOverload, plan: Plan) -> None:
         try:
             _refuse_symbolic(args)
             with tuning.overriding(**tuning.split_ops(_launch_setting())):
-                launch = plan(target, *map(_base, args))
+                program = _program(plan(target, *map(_base, args)))
         except NotInlinable as reason:
             log.info("%s stays an opaque call: %s", op, reason)
             return fallback(*args)
-        return _emit(launch, device)
+        return _emit(program, device)
 
 
 def _launch_setting() -> str:
@@ -276,25 +316,25 @@ def _with_config(kernel: Any, num_warps: int, num_stages: int) -> Any:
     return triton.autotune(configs=[triton.Config({}, num_warps=num_warps, num_stages=num_stages)], key=[])(kernel)
 
 
-def _emit(launch: Launch, device: torch.device) -> Any:
-    outputs: list[ir.TensorBox] = []
-    values: dict[str, Any] = {}
-    for name, value in launch.args.items():
-        if isinstance(value, Operand):
-            values[name] = value.handle
-        elif isinstance(value, Output):
-            out = inductor.empty_strided(list(value.shape), list(value.strides), dtype=value.dtype, device=device)
-            out.realize()
-            outputs.append(out)
-            values[name] = out
-        else:
-            values[name] = value
-    grid = tuple(launch.grid) + (1,) * (3 - len(launch.grid))
-    inductor.lowerings[triton_kernel_wrapper_mutation](
-        kernel_idx=kernel_side_table.add_kernel(_with_config(launch.kernel, launch.num_warps, launch.num_stages)),
-        constant_args_idx=kernel_side_table.add_constant_args({}),
-        grid=[grid],
-        tma_descriptor_metadata={},
-        kwargs=values,
-    )
+def _emit(program: Program, device: torch.device) -> Any:
+    """Allocate what the launches write and put them into the graph."""
+    tensors: dict[Output, ir.TensorBox] = {}
+    for output in (*program.outputs, *(output for launch in program.launches for output in launch.outputs)):
+        if output not in tensors:
+            shape, strides = list(output.shape), list(output.strides)
+            tensors[output] = inductor.empty_strided(shape, strides, dtype=output.dtype, device=device)
+            tensors[output].realize()
+    for launch in program.launches:
+        values = {
+            name: value.handle if isinstance(value, Operand) else tensors[value] if isinstance(value, Output) else value
+            for name, value in launch.args.items()
+        }
+        inductor.lowerings[triton_kernel_wrapper_mutation](
+            kernel_idx=kernel_side_table.add_kernel(_with_config(launch.kernel, launch.num_warps, launch.num_stages)),
+            constant_args_idx=kernel_side_table.add_constant_args({}),
+            grid=[tuple(launch.grid) + (1,) * (3 - len(launch.grid))],
+            tma_descriptor_metadata={},
+            kwargs=values,
+        )
+    outputs = [tensors[output] for output in program.outputs]
     return outputs[0] if len(outputs) == 1 else tuple(outputs)

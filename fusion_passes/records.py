@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterable
 from typing import Literal
@@ -20,6 +21,8 @@ from torch.fx import Node
 _KEY = "fusion_passes.record "
 
 Outcome = Literal["fused", "refused", "near_miss"]
+
+_PACKAGE = os.path.dirname(__file__) + os.sep
 
 # One frame of a stack trace as the exporters of torch write it.
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
@@ -70,6 +73,7 @@ def source_of(node: Node) -> str:
     for candidate in (node, *node.all_input_nodes):
         frames = _FRAME.findall(candidate.meta.get("stack_trace") or "")
         ours = [f for f in frames if "/torch/" not in f[0].replace("\\", "/")] or frames
+        ours = [f for f in ours if not f[0].startswith(_PACKAGE)] or ours  # the caller of an op, not its wrapper
         if ours:
             return f"{ours[-1][0]}:{ours[-1][1]}"
     return ""

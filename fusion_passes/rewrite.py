@@ -1,6 +1,6 @@
 """Rewrites that happen wholly or not at all.
 
-A fused call is built beside the old nodes; its metadata is computed and compared with that of the value it
+A fused call is built beside the old nodes; its metadata is computed and compared with that of the values it
 replaces; only then do the users move over. When anything goes wrong the new nodes are taken out again and the
 graph is what it was, node for node.
 """
@@ -8,7 +8,7 @@ graph is what it was, node for node.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_map
 
+from fusion_passes.fusion import Refusal
 from fusion_passes.sizes import Sizes
 
 # What a new node inherits from the one it stands for: where it came from, not what it is.
@@ -28,30 +29,60 @@ class MetadataMismatch(Exception):
 
 
 def replace(
-    graph: Graph, replaced: Node, build: Callable[[], Node], assignments: Sequence[Sizes], meta: Mapping[str, Any]
-) -> Node:
-    """Put the value that `build()` returns in the place of `replaced`, or leave the graph as it was and raise.
+    graph: Graph,
+    replaced: Sequence[Node],
+    leaves: Collection[Node],
+    build: Callable[[], Sequence[Node]],
+    assignments: Sequence[Sizes],
+    meta: Mapping[str, Any],
+) -> None:
+    """Put the values that `build()` returns in the places of `replaced`, or leave the graph as it was and raise.
 
-    `build` creates nodes with `call`; they are inserted just before `replaced` and get the entries of `meta`.
-    Nothing is added to the guards.
+    `build` creates nodes with `call`; they are inserted before the first of `replaced`, or after the last of `leaves`
+    where that comes later, and get the entries of `meta`. Nothing is added to the guards.
 
     Raises:
-        MetadataMismatch: the new value's shape, strides, dtype or device differ from the old one's.
+        MetadataMismatch: a new value's shape, strides, dtype or device differ from the old one's.
+        Refusal: there is no such place: something needs one of `replaced` before the last leaf is known.
     """
+    place = _place(replaced, leaves)
     before = set(graph.nodes)
     try:
-        with graph.inserting_before(replaced), _no_new_guards(replaced):
+        with graph.inserting_before(place), _no_new_guards(replaced[0]):
             new = build()
-            check_metadata(new, replaced, assignments)
+            if len(new) != len(replaced):
+                raise RuntimeError(f"the fusion's replace returned {len(new)} values for {len(replaced)} outputs")
+            for made, old in zip(new, replaced):
+                check_metadata(made, old, assignments)
+        _check_order([node for node in graph.nodes if node not in before])
     except BaseException:
         for node in reversed([n for n in graph.nodes if n not in before]):
             graph.erase_node(node)
         raise
     for node in graph.nodes:
         if node not in before:
-            node.meta.update({k: replaced.meta[k] for k in _PROVENANCE if k in replaced.meta} | dict(meta))
-    replaced.replace_all_uses_with(new)
-    return new
+            node.meta.update({k: replaced[0].meta[k] for k in _PROVENANCE if k in replaced[0].meta} | dict(meta))
+    for made, old in zip(new, replaced):
+        old.replace_all_uses_with(made)
+
+
+def _place(replaced: Sequence[Node], leaves: Collection[Node]) -> Node:
+    """The node before which values that read `leaves` and stand for `replaced` can be computed."""
+    first, last_leaf = min(replaced), max(leaves, default=None)
+    place = first if last_leaf is None or last_leaf < first else last_leaf.next
+    for node in replaced:
+        early = [user for user in node.users if user < place]
+        if early:
+            needed = f"{node.name} is needed by {early[0].name}"
+            raise Refusal(f"{needed} before {last_leaf} is computed, which the same fused op reads")
+    return place
+
+
+def _check_order(new: Sequence[Node]) -> None:
+    for node in new:
+        late = [source.name for source in node.all_input_nodes if not source < node]
+        if late:
+            raise RuntimeError(f"a new node calls {node.target} with {late[0]}, which is computed only later")
 
 
 def call(graph: Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:

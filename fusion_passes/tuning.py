@@ -43,12 +43,16 @@ class TunedTable:
     Args:
         op: the op's name.
         path: the JSON file.
-        names: the parameters that every entry gives. All values are powers of two.
+        names: the parameters that every entry gives. Their values are powers of two.
         may_be_zero: parameters for which 0 is allowed too.
+        counts: parameters that may be any positive number.
     """
 
-    def __init__(self, op: str, path: Path, names: tuple[str, ...], may_be_zero: tuple[str, ...] = ()) -> None:
-        self.op, self.names, self.may_be_zero = op, names, may_be_zero
+    def __init__(
+        self, op: str, path: Path, names: tuple[str, ...], may_be_zero: tuple[str, ...] = (),
+        counts: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        self.op, self.names, self.may_be_zero, self.counts = op, names, may_be_zero, counts
         TABLES[op] = self
         self.entries: dict[str, dict[str, list[dict[str, Any]]]] = json.loads(path.read_text())
         for arch, classes in self.entries.items():
@@ -112,9 +116,11 @@ class TunedTable:
             if name not in self.names:
                 raise ValueError(f"{where}: {self.op} has no launch parameter {name!r}; it has {', '.join(self.names)}")
             least = 0 if name in self.may_be_zero else 1
-            if not isinstance(value, int) or value < least or value & (value - 1):
+            uneven = name not in self.counts and isinstance(value, int) and value & (value - 1)
+            if not isinstance(value, int) or value < least or uneven:
                 zero = "0 or " if least == 0 else ""
-                raise ValueError(f"{where}: {name} of {self.op} must be {zero}a power of two, got {value!r}")
+                wanted = "a positive number" if name in self.counts else "a power of two"
+                raise ValueError(f"{where}: {name} of {self.op} must be {zero}{wanted}, got {value!r}")
         return dict(values)
 
 

@@ -6,7 +6,7 @@ Matching proves the meaning of a subgraph; this checks the kernel, on the user's
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from fusion_passes.sizes import Sizes
 log = logging.getLogger(__name__)
 
 
-def check(fusion: Fusion, site: Site, new: Node, sizes: Sizes) -> None:
-    """Compare `site.replaced` with `new` on random leaves of the real shapes, strides and dtypes.
+def check(fusion: Fusion, site: Site, new: Sequence[Node], sizes: Sizes) -> None:
+    """Compare each of `site.outputs` with its replacement on random leaves of the real shapes, strides and dtypes.
 
     Symbolic sizes take their hints. Nothing is checked for a device that this machine does not have.
 
@@ -35,9 +35,14 @@ def check(fusion: Fusion, site: Site, new: Node, sizes: Sizes) -> None:
     generator = torch.Generator(device=device).manual_seed(0)
     leaves = {leaf: _random_like(leaf, sizes, generator) for leaf in site.leaves.values()}
     graph = site.anchor.graph
-    with torch.no_grad():
-        expected = run(graph, site.replaced, leaves, sizes).double()
-        actual = run(graph, new, leaves, sizes).double()
+    for old, replacement in zip(site.outputs, new, strict=True):
+        with torch.no_grad():
+            expected = run(graph, old, leaves, sizes).double()
+            actual = run(graph, replacement, leaves, sizes).double()
+        _compare(fusion, actual, expected)
+
+
+def _compare(fusion: Fusion, actual: torch.Tensor, expected: torch.Tensor) -> None:
     if not torch.equal(expected.isnan(), actual.isnan()):
         raise Refusal("verify: the fused op and the subgraph are NaN in different places")
     error = (actual - expected).nan_to_num().norm() / expected.nan_to_num().norm().clamp_min(1e-30)

@@ -34,6 +34,14 @@ def test_float8_rounds_and_saturates(dtype: torch.dtype) -> None:
     assert torch.equal(values, 2 * expected)
 
 
+def test_float8_casts_can_be_looked_through() -> None:
+    x = torch.tensor([0.1, -0.33, 1e6, float("-inf")])
+    module = tracing.trace(lambda x: x.to(torch.float8_e4m3fn), x)
+    evaluator = Evaluator(tracing.tables(module.graph, [x.double()]), Sizes(), round_float8=False)
+    assert torch.equal(evaluator.values(tracing.result(module), torch.arange(4)), x.double())
+    assert not evaluator.roundings
+
+
 def test_casts_are_identities_and_narrowing_ones_are_reported() -> None:
     def function(x: Tensor) -> Tensor:
         half = (x * 3).to(torch.bfloat16)

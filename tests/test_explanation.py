@@ -116,7 +116,7 @@ def test_the_assumed_gpu_is_named() -> None:
 
 
 def test_an_unknown_gpu_is_an_error_that_lists_the_known_ones() -> None:
-    with patched(arch="sm_89"), pytest.raises(ValueError, match="unknown architecture 'sm_89'") as error:
+    with patched(arch="sm_91"), pytest.raises(ValueError, match="unknown architecture 'sm_91'") as error:
         explain(Layer(), x())
     assert all(name in str(error.value) for name in arch.TABLE)
 

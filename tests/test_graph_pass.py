@@ -189,6 +189,12 @@ def test_a_declaration_is_checked() -> None:
         Fusion(name="mine", anchors=(aten.cumsum,), **stage)  # type: ignore[arg-type]
 
 
+def test_unwanted_anchors_leave_no_record() -> None:
+    with planted(wants=lambda anchor: False, match=broken):
+        compiled({"fusion_passes.strict": True, "fusion_passes.fusions": "gate_cumsum"})(*gates.inputs())
+    assert not fusion_passes.report().records
+
+
 def test_larger_fusions_come_before_those_they_absorb() -> None:
     small = dataclasses.replace(registry.known()["gate_cumsum"], name="small")
     large = dataclasses.replace(small, name="large", absorbs=("small",))

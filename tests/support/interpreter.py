@@ -1,7 +1,7 @@
 """Makes Triton's interpreter round as a GPU does.
 
 It truncates float32 to bfloat16, drops the carry of float8 roundings and does not saturate them, and multiplies the bit
-patterns of bfloat16 in `tl.dot`. Casts go through PyTorch here, and bfloat16 products through float32.
+patterns of bfloat16. Casts go through PyTorch here, and bfloat16 products through float32.
 """
 
 from __future__ import annotations
@@ -58,5 +58,14 @@ def correct_rounding() -> None:
         wide = [self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)]
         return stock_dot(self, *wide, *rest)
 
+    stock_mul = builder.create_fmul
+
+    def create_fmul(self: Any, a: Any, b: Any) -> Any:
+        if a.dtype.scalar != tl.bfloat16:
+            return stock_mul(self, a, b)
+        product = stock_mul(self, self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32))
+        return self.cast_impl(product, a.dtype)
+
     interpreter._convert_float = convert_float
     builder.create_dot = create_dot
+    builder.create_fmul = create_fmul
