@@ -1,4 +1,4 @@
-"""Command line: `python -m fusion_passes list | env | explain | demo`."""
+"""Command line: `python -m fusion_passes list | env | explain | demo | bench`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 
 import fusion_passes
 from fusion_passes import arch, config, demo, registry
+from fusion_passes.bench import cli as bench
 from fusion_passes.settings import snapshot
 
 
@@ -52,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model", default="kimi_linear", choices=demo.model_names())
     _model_arguments(command)
     command.set_defaults(run=_demo)
+
+    bench.add_parser(commands)
     return parser
 
 

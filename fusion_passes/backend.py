@@ -10,14 +10,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._inductor import config as inductor_config
 from torch.fx import GraphModule
 
-from fusion_passes import ops  # noqa: F401  (registers the ops)
+from fusion_passes import (
+    expectation,
+    ops,  # noqa: F401  (registers the ops)
+    records,
+)
 from fusion_passes.graph_pass import FusionPass, compose
 from fusion_passes.settings import snapshot, split_options
 
@@ -60,6 +65,7 @@ def fusion_passes_backend(
     Raises:
         ValueError: an unknown `fusion_passes.*` option or fusion name; the message lists the valid ones.
         TypeError: a setting has the wrong type.
+        ExpectationError: another number of sites was fused than the setting `expect` says.
         RuntimeError: an option that Inductor does not know.
     """
     from torch._inductor.compile_fx import compile_fx
@@ -67,11 +73,17 @@ def fusion_passes_backend(
     own, inductor_options = split_options(options)
     patches = dict(torch._TorchCompileInductorWrapper(mode, inductor_options, None).config)
     settings = snapshot(own)
-    if settings.enabled is not False:
-        _warn_if_out_of_process()
-        slot = patches.get(SLOT, getattr(inductor_config, SLOT))
-        patches[SLOT] = compose(slot, FusionPass(settings))
+    if settings.enabled is False:
+        return cast(Any, compile_fx(gm, example_inputs, config_patches=patches))
+    _warn_if_out_of_process()
+    slot = patches.get(SLOT, getattr(inductor_config, SLOT))
+    ours = FusionPass(settings)
+    patches[SLOT] = compose(slot, ours)
+    before = Counter(records.recall())
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
+    if ours.fusions:
+        # The pass says so itself where it runs; on a warm cache it does not run.
+        expectation.warn_if_nothing((Counter(records.recall()) - before).elements())
     return compiled
 
 

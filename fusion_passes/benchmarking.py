@@ -1,8 +1,9 @@
 """How times are taken: GPU time from CUDA-graph replays over rotated inputs, wall time per call without a graph.
 
 The inputs of a timed call are cold in L2: calls rotate through enough input sets (`ROTATE_BYTES`) that a set is
-evicted before its turn comes again, and each call writes to memory of its own. Times are medians in microseconds.
-The floor is the time that the bytes or the FLOPs alone would take on the architecture's measured rates.
+evicted before its turn comes again, and each call writes to memory of its own. Callables that are compared take turns,
+so that a clock that drifts drifts for all. Times are medians in microseconds. The floor is the time that the bytes or
+the FLOPs alone would take on the architecture's measured rates.
 """
 
 from __future__ import annotations
@@ -10,20 +11,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from fusion_passes import arch
 
 # More than twice the largest L2 in the table of architectures.
 ROTATE_BYTES = 130 << 20
+
+# Cases up to this many bytes are "small": a round of them takes seconds and not minutes.
+SMALL_BYTES = 32 << 20
 
 Call = Callable[..., Any]
 MakeArgs = Callable[[torch.device, torch.Generator], tuple[Any, ...]]
@@ -39,7 +45,15 @@ class Case:
         make: draws fresh arguments on a device.
         bytes: each input read once plus each output written once.
         flops: floating-point operations.
-        reference: the op in plain PyTorch, for the error; computes in float64 on float64 inputs.
+        reference: the op in plain PyTorch, for the error; computes in float64 on float64 inputs. One tensor, or a
+            sequence of them.
+        plain: the spelling of a model: takes the same arguments, is compiled as stock and as ours, and must then give
+            the fused op. Its results have the elements of the reference in the same order, in any shape.
+        peers: other implementations by name. The value imports what it needs and returns the callable; an ImportError
+            says that the package is not there.
+        fusion: the fusion that must find `plain`; the name of the op unless given.
+        bound: largest relative error (L2) against the reference that counts as right; None for the rule of
+            `error_bound`.
     """
 
     name: str
@@ -48,6 +62,25 @@ class Case:
     bytes: int
     flops: int
     reference: Call
+    plain: Call | None = None
+    peers: Mapping[str, Callable[[], Call]] = dataclasses.field(default_factory=dict)
+    fusion: str = ""
+    bound: float | None = None
+
+    @property
+    def fusion_name(self) -> str:
+        """The fusion that is expected to find `plain`."""
+        return self.fusion or str(self.op).removesuffix(".default").rpartition(".")[2]
+
+    @property
+    def small(self) -> bool:
+        return self.bytes <= SMALL_BYTES
+
+    def error_bound(self, eager_error: float, dtype: torch.dtype) -> float:
+        """The error that is allowed: twice that of the eager spelling plus one rounding of the result's dtype."""
+        if self.bound is not None:
+            return self.bound
+        return 2 * (eager_error + (torch.finfo(dtype).eps / 2 if dtype.is_floating_point else 0.0))
 
     def floor_us(self, on: arch.Architecture) -> float:
         """The least time that memory (or the matrix units) allow, in microseconds."""
@@ -96,44 +129,104 @@ def measure(call: Call, sets: Sequence[tuple[Any, ...]], *, repeats: int = 15, b
         sets: from `input_sets`.
         repeats: timed replays at least; more while `budget_s` seconds are not over, 200 at most.
     """
-    graph = capture(call, sets)
-    for _ in range(3):
+    timing = measure_together({"": call}, sets, repeats=repeats, budget_s=budget_s)[""]
+    if isinstance(timing, Exception):
+        raise timing
+    return timing
+
+
+def measure_together(
+    calls: Mapping[str, Call], sets: Sequence[tuple[Any, ...]], *, repeats: int = 15, budget_s: float = 0.25
+) -> dict[str, Timing | Exception]:
+    """Time several callables in turns; an exception in place of the times of one that cannot be captured.
+
+    Arguments as for `measure`; the budget is for each of the callables.
+    """
+    found: dict[str, Timing | Exception] = {}
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    for name, call in calls.items():
+        try:
+            graphs[name] = capture(call, sets)
+        except Exception as error:
+            found[name] = error
+    for graph in [*graphs.values()] * 3:
         graph.replay()
     torch.cuda.synchronize()
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    deadline, done = time.perf_counter() + budget_s * len(graphs), 0
+    while graphs and (done < repeats or (time.perf_counter() < deadline and done < 200)):
+        done += 1
+        for name, graph in graphs.items():
+            times[name].append(replay_us(graph) / len(sets))
+    walls = wall_us_together({name: calls[name] for name in graphs}, sets)
+    for name, taken in times.items():
+        found[name] = Timing(statistics.median(taken), min(taken), max(taken), walls[name])
+    return found
+
+
+def replay_us(graph: torch.cuda.CUDAGraph) -> float:
+    """GPU time of one replay, waited for, in microseconds."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    times: list[float] = []
-    deadline = time.perf_counter() + budget_s
-    while len(times) < repeats or (time.perf_counter() < deadline and len(times) < 200):
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(sets))
-    return Timing(statistics.median(times), min(times), max(times), wall_us(call, sets))
+    begin.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e3
 
 
 def wall_us(call: Call, sets: Sequence[tuple[Any, ...]], *, calls: int = 50, rounds: int = 5) -> float:
     """Wall time per call without a graph: launch overhead or GPU time, whichever is longer; median of rounds."""
-    taken = []
+    return wall_us_together({"": call}, sets, calls=calls, rounds=rounds)[""]
+
+
+def wall_us_together(
+    functions: Mapping[str, Call], sets: Sequence[tuple[Any, ...]], *, calls: int = 50, rounds: int = 5
+) -> dict[str, float]:
+    """`wall_us` of several callables in turns."""
+    taken: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for index in range(calls):
-            call(*sets[index % len(sets)])
-        torch.cuda.synchronize()
-        taken.append((time.perf_counter() - start) / calls)
-    return statistics.median(taken) * 1e6
+        for name, function in functions.items():
+            synchronize()
+            start = time.perf_counter()
+            for index in range(calls):
+                function(*sets[index % len(sets)])
+            synchronize()
+            taken[name].append((time.perf_counter() - start) / calls)
+    return {name: statistics.median(values) * 1e6 for name, values in taken.items()}
 
 
-def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    """||actual - exact|| / ||exact|| in float64; infinity where one is NaN and the other is not."""
-    actual, exact = actual.double(), exact.double()
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def relative_error(actual: Any, exact: Any) -> float:
+    """||actual - exact|| / ||exact|| in float64; infinity where one is NaN and the other is not.
+
+    Of several results the largest error. Shapes may differ as long as the elements are in the same order.
+
+    Raises:
+        ValueError: another number of results or of elements.
+    """
+    pairs = list(zip(tree_leaves(actual), tree_leaves(exact)))
+    if len(tree_leaves(actual)) != len(tree_leaves(exact)):
+        raise ValueError(f"there are {len(tree_leaves(actual))} results and {len(tree_leaves(exact))} in the reference")
+    return max(_error(a, b) for a, b in pairs)
+
+
+def _error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    if actual.numel() != exact.numel():
+        raise ValueError(f"a result has shape {list(actual.shape)} and the reference {list(exact.shape)}")
+    actual, exact = actual.double().reshape(exact.shape), exact.double()
     if not torch.equal(actual.isnan(), exact.isnan()):
         return math.inf
-    return float((actual - exact).nan_to_num().norm() / exact.nan_to_num().norm().clamp_min(1e-300))
+    # Equal infinities subtract to NaN and count as equal; one that is missing makes the error infinite.
+    difference = torch.where((actual == exact) | exact.isnan(), 0.0, actual - exact)
+    return float(difference.norm() / exact.nan_to_num(0.0, 0.0, 0.0).norm().clamp_min(1e-300))
 
 
-def exact_result(case: Case, args: tuple[Any, ...]) -> torch.Tensor:
+def exact_result(case: Case, args: tuple[Any, ...]) -> Any:
     """The case's reference on float64 copies of the arguments."""
     wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
     return case.reference(*wide)
@@ -144,7 +237,8 @@ def environment() -> dict[str, str | int | float]:
     record: dict[str, str | int | float] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": _output("git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"),
+        "machine": platform.machine(),
+        "commit": commit(),
     }
     try:
         import triton
@@ -156,8 +250,20 @@ def environment() -> dict[str, str | int | float]:
         on = arch.of_device(torch.device("cuda"))
         record |= {"gpu": torch.cuda.get_device_name(), "arch": on.name, "multiprocessors": on.multiprocessors}
         record["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        record["assumed_copy_rate"] = on.copy_rate
+        record |= {"assumed_copy_rate": on.copy_rate, "assumed_matmul_rate": on.matmul_rate}
     return record
+
+
+def commit() -> str:
+    """FUSION_PASSES_COMMIT, else the commit of the checkout that this file belongs to, else "unknown"."""
+    here = Path(__file__).resolve()
+    git = ("git", "-C", str(here.parent))
+    if os.environ.get("FUSION_PASSES_COMMIT"):
+        return os.environ["FUSION_PASSES_COMMIT"]
+    # An installed copy may lie inside some other project's checkout.
+    if _output(*git, "ls-files", here.name) != here.name:
+        return "unknown"
+    return _output(*git, "describe", "--always", "--dirty")
 
 
 def _output(*command: str) -> str:
@@ -168,10 +274,10 @@ def _output(*command: str) -> str:
 
 
 def copy_rate(size: int = 2 << 30) -> float:
-    """Bytes read plus written per second by a large device-to-device copy."""
+    """Bytes read plus written per second by a large pointwise kernel."""
     source = torch.randn(size // 4, device="cuda")
     target = torch.empty_like(source)
-    timing = measure(lambda a, b: b.copy_(a), [(source, target)] * 2)
+    timing = measure(lambda a, b: torch.neg(a, out=b), [(source, target)] * 2)
     return 2 * size / timing.gpu_us * 1e6
 
 

@@ -35,8 +35,12 @@ reference_on_cpu: bool = Config(default=False, env_name_default="FUSION_PASSES_R
 # Ignore the profit rule: fuse wherever it is legal.
 always_profitable: bool = Config(default=False, env_name_default="FUSION_PASSES_ALWAYS_PROFITABLE")
 
-# The GPU assumed where the graph's device is not a GPU of this machine: "sm_80", "sm_90", "sm_100" or "gfx942".
+# The GPU assumed where the graph's device is not a GPU of this machine: "sm_80", "sm_89", "sm_90", "sm_100", "gfx942".
 arch: str = Config(default="sm_90", env_name_default="FUSION_PASSES_ARCH")
+
+# How often each fusion must be found in a compiled graph, such as "gate_cumsum=24,other=2" or the same as a dictionary;
+# the compile fails otherwise.
+expect: str = Config(default="", env_name_default="FUSION_PASSES_EXPECT")
 
 # Launch parameters in place of the tuned tables, such as "gate_cumsum: rows=4, lanes=128, warps=1".
 launch: str = Config(default="", env_name_default="FUSION_PASSES_LAUNCH")

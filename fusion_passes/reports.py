@@ -6,10 +6,10 @@ import dataclasses
 import html
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from fusion_passes import records
+from fusion_passes import expectation, records
 from fusion_passes.records import Outcome, Record
 
 _TITLES: dict[Outcome, str] = {
@@ -50,6 +50,17 @@ class Report:
     def near_misses(self) -> list[Record]:
         """Anchors around which the graph computes something else, with the place where the likeness ends."""
         return self._of("near_miss")
+
+    def expect(self, counts: Mapping[str, int]) -> Report:
+        """Check the number of fused sites of some fusions, and return the report.
+
+        Raises:
+            ExpectationError: a count differs; the message holds the report.
+        """
+        complaint = expectation.complaint(counts, self.counts)
+        if complaint:
+            raise expectation.ExpectationError(f"{complaint}\n\n{self}")
+        return self
 
     def _of(self, outcome: Outcome) -> list[Record]:
         return [record for record in self.records if record.outcome == outcome]

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from fusion_passes import config
+from fusion_passes import config, expectation
 
 OPTION_PREFIX = "fusion_passes."
 
@@ -26,6 +26,7 @@ class Settings:
     reference_on_cpu: bool
     always_profitable: bool
     arch: str
+    expect: str
     launch: str
 
     def __post_init__(self) -> None:
@@ -54,14 +55,15 @@ def snapshot(overrides: Mapping[str, Any] | None = None) -> Settings:
     """The settings in force in this thread, with `overrides` (short names) on top.
 
     Raises:
-        TypeError: a value has the wrong type.
+        TypeError, ValueError: a value has the wrong type, or `expect` a negative count.
     """
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(Settings)}
     # Environment values of "1" and "0" arrive as booleans, also where a string is meant.
-    for name in ("fusions", "arch", "launch"):
+    for name in ("fusions", "arch", "expect", "launch"):
         if isinstance(values[name], bool):
             values[name] = str(int(values[name]))
-    return Settings(**{**values, **(overrides or {})})
+    values |= overrides or {}
+    return Settings(**{**values, "expect": expectation.normalize(values["expect"])})
 
 
 def split_options(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -205,12 +205,10 @@ def gate_cumsum_kernel(
     RAW_B: tl.constexpr, RAW_T: tl.constexpr, RAW_G: tl.constexpr, RAW_R: tl.constexpr, RAW_K: tl.constexpr,
     OUT_B: tl.constexpr, OUT_N: tl.constexpr, OUT_C: tl.constexpr, OUT_H: tl.constexpr, OUT_K: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, SERIAL: tl.constexpr, SEARCH: tl.constexpr,
-    TIME_INNER: tl.constexpr,
 ):  # fmt: skip
     """Grid: (lane blocks x chunks x batch,).
 
-    Lane blocks are innermost, so that neighbours read neighbouring memory, or with TIME_INNER the chunks are, so that
-    they write neighbouring memory where the result is head-major.
+    Lane blocks are innermost, so that neighbours read neighbouring memory.
 
     raw [B, T, G, R, K], a_log and bias [G, R, K], any strides; out [B, N, CHUNK, H, K] by strides, H = G * R. With
     VARLEN, B and N are 1 and `chunks` counts slots: `out_stride_c` then steps through all tokens. A stride comes either
@@ -222,13 +220,8 @@ def gate_cumsum_kernel(
     blocks: tl.constexpr = (lanes_in_all + LANES - 1) // LANES * (H if K > 1 else 1)
     one = tl.full([], 1, tl.int64)
     tile = tl.program_id(0)
-    if TIME_INNER:
-        slots = tl.num_programs(0) // blocks
-        block = tile // slots
-        o_chunk = (tile % slots).to(tl.int64)
-    else:
-        block = tile % blocks
-        o_chunk = (tile // blocks).to(tl.int64)
+    block = tile % blocks
+    o_chunk = (tile // blocks).to(tl.int64)
 
     # Lanes: o_h and o_k are the head and channel of each, one of them the same for the whole program.
     if K > 1:

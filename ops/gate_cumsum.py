@@ -17,7 +17,6 @@ Dims: B batch, T tokens, G groups and R heads of each (H = G * R heads), K chann
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,8 +49,8 @@ SCHEMA = (
 TABLE = TunedTable(
     "gate_cumsum",
     Path(__file__).parent / "tuned" / "gate_cumsum.json",
-    ("rows", "lanes", "warps", "serial", "time_inner"),
-    ("serial", "time_inner"),
+    ("rows", "lanes", "warps", "serial"),
+    ("serial",),
 )
 
 
@@ -214,7 +213,6 @@ def plan(
         "PAD_GATE": pad_gate, "VARLEN": 0 if cu_seqlens is None else 1 if chunk_indices is None else 2,
         "G": groups, "R": per_group, "K": channels,
         "CHUNK": chunk_size, "ROWS": use["rows"], "LANES": use["lanes"], "SERIAL": bool(use["serial"]), "SEARCH": 128,
-        "TIME_INNER": bool(use["time_inner"]),
     }  # fmt: skip
     return Launch(gate_cumsum_kernel, (lane_blocks * slots,), args, use["warps"])
 
@@ -329,43 +327,7 @@ def _per_lane(name: str, value: Tensor | None, heads: int, channels: int) -> Ten
 
 
 def cases() -> list[Any]:
-    """The benchmarked shapes (Kimi Linear and Gated DeltaNet heads, whole and split over four GPUs) with their cost.
+    """What the op is benchmarked on, a list of `fusion_passes.benchmarking.Case`."""
+    from fusion_passes.ops import _gate_cumsum_cases
 
-    Bytes: raw read once, sums written once. FLOPs: about 20 per element, all but two of them float32 FMAs or the like.
-    """
-    from fusion_passes.benchmarking import Case
-
-    shapes = [(32, 128, t) for t in (128, 512, 2048, 4096, 16384)] + [(8, 128, 4096)]
-    shapes += [(32, 1, t) for t in (512, 4096, 16384)] + [(8, 1, 4096)]
-    found = []
-    for heads, channels, tokens in shapes:
-        for layout in ("bhnck", "bnchk"):
-            kind = "KDA" if channels > 1 else "GDN"
-
-            def make(device: torch.device, generator: torch.Generator, h: int = heads, k: int = channels,
-                     t: int = tokens, order: str = layout) -> tuple[Any, ...]:  # fmt: skip
-                def draw(*shape: int) -> Tensor:
-                    return torch.randn(shape, generator=generator, device=device)
-
-                raw = draw(1, t, 1, h, k).mul_(4).to(torch.bfloat16)
-                a_log = draw(1, h, 1).sigmoid_().mul_(16).log_().expand(1, h, k)
-                return (
-                    raw,
-                    a_log,
-                    draw(1, h, k),
-                    math.ceil(t / 64),
-                    64,
-                    None,
-                    1.0,
-                    1.0,
-                    20.0,
-                    False,
-                    order,
-                    None,
-                    None,
-                )
-
-            elements = heads * channels * tokens
-            name = f"{kind} {heads}x{channels} T={tokens} {layout}"
-            found.append(Case(name, OP, make, bytes=6 * elements, flops=20 * elements, reference=reference))
-    return found
+    return _gate_cumsum_cases.cases()

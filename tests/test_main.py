@@ -118,7 +118,7 @@ def test_explain_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers", minversion="5.17")
     assert main(["explain", "qwen3_next", "--seq", "8", "--json", "--dtype", "bf16"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["counts"] == {"gate_cumsum": 1}
+    assert data["counts"] == {"chunk_delta_rule": 1}
     assert "modeling_qwen3_next.py" in data["fused"][0]["source"]
 
 

@@ -1,20 +1,18 @@
-"""Sweeps the launch parameters of `gate_cumsum` and times its peers beside it.
+"""Sweeps the launch parameters of `gate_cumsum`.
 
     PYTHONPATH=. python tests/gpu/tune_gate_cumsum.py --out tune.json
 
-Prints the best five configurations of each case in microseconds of GPU time, and for the main cases the tuned
-choice, stock torch.compile with and without combo kernels, and flash-linear-attention where it is installed.
+Prints the best five configurations of each case and the tuned choice, in microseconds of GPU time.
+`python -m fusion_passes bench --op gate_cumsum` times stock code and peers beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import importlib
 import itertools
 import multiprocessing
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,6 @@ HEAD = [
       for n, w in ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (8, 2), (16, 2), (32, 4))),
     "rows=32,lanes=8,warps=1,serial=0", "rows=64,lanes=8,warps=1,serial=1", "rows=64,lanes=32,warps=1,serial=1",
 ]  # fmt: skip
-BASELINES = ("KDA 32x128 T=512", "KDA 32x128 T=4096", "KDA 32x128 T=16384", "KDA 8x128 T=4096", "GDN 32x1 T=4096")
 
 
 def configurations(case: Case) -> list[str]:
@@ -69,66 +66,20 @@ def compile_all(wanted: list[tuple[str, str]], workers: int) -> None:
         list(pool.map(warm, [pairs[i::workers] for i in range(workers)]))
 
 
-def stock(args: tuple[Any, ...]) -> torch.Tensor:
-    """The model's own spelling of the case."""
-    raw, a_log, bias, chunks, chunk_size, *_, layout, _, _ = args
-    batch, tokens, groups, heads, channels = raw.shape
-    gate = -a_log[..., :1].float().exp() * torch.nn.functional.softplus(raw.float() + bias)
-    gate = gate.view(batch, chunks, chunk_size, heads, channels)
-    if layout == "bhnck":
-        return gate.permute(0, 3, 1, 2, 4).contiguous().cumsum(3)
-    return gate.cumsum(2)
-
-
-def peers(case: Case) -> dict[str, Callable[..., Any]]:
-    found: dict[str, Callable[..., Any]] = {"stock": torch.compile(lambda *a: stock(a), dynamic=False)}
-    found["combo"] = torch.compile(lambda *a: stock(a), dynamic=False, options={"combo_kernels": True})
-    if case.name.endswith("bnchk"):
-        try:
-            if case.name.startswith("KDA"):
-                kda = importlib.import_module("fla.ops.kda.gate").kda_gate_chunk_cumsum
-                found["fla"] = lambda raw, a, bias, *_: kda(
-                    raw.squeeze(2), a[0, :, 0], chunk_size=64, dt_bias=bias.flatten()
-                )
-            else:
-                gdn = importlib.import_module("fla.ops.gated_delta_rule.gate").gdn_gate_chunk_cumsum
-                found["fla"] = lambda raw, a, bias, *_: gdn(
-                    raw.squeeze(2).squeeze(-1), a[0, :, 0], chunk_size=64, dt_bias=bias.flatten()
-                )
-        except ImportError as error:
-            print(f"flash-linear-attention is not there: {error}")
-    return found
-
-
-def matches(out: torch.Tensor, exact: torch.Tensor) -> float:
-    return benchmarking.relative_error(out.reshape(exact.shape), exact)
-
-
 def sweep(case: Case, budget_s: float) -> dict[str, Any]:
     sets = benchmarking.input_sets(case, torch.device("cuda"))
     exact = benchmarking.exact_result(case, sets[0])
     rows: list[dict[str, Any]] = []
     for forced in configurations(case):
         with tuning.overriding(gate_cumsum=forced):
-            error = matches(OP(*sets[0]), exact)
+            error = benchmarking.relative_error(OP(*sets[0]), exact)
             timing = benchmarking.measure(OP, sets, budget_s=budget_s)
         rows.append({"configuration": forced, "us": timing.gpu_us, "wall_us": timing.wall_us, "error": error})
     rows.sort(key=lambda row: row["us"])
     tuned = benchmarking.measure(OP, sets, budget_s=budget_s)
     floor = case.floor_us(arch.of_device(torch.device("cuda")))
-    result: dict[str, Any] = {"case": case.name, "floor_us": floor, "sweep": rows, "tuned_us": tuned.gpu_us,
-                              "tuned_wall_us": tuned.wall_us}  # fmt: skip
-    if case.name.rsplit(" ", 1)[0] in BASELINES:
-        result["peers"] = {}
-        for name, call in peers(case).items():
-            try:
-                torch._dynamo.reset()
-                error = matches(call(*sets[0]), exact)
-                timing = benchmarking.measure(call, sets, budget_s=budget_s)
-                result["peers"][name] = {"us": timing.gpu_us, "wall_us": timing.wall_us, "error": error}
-            except Exception as failure:
-                result["peers"][name] = {"failed": f"{type(failure).__name__}: {failure}"[:300]}
-    return result
+    return {"case": case.name, "floor_us": floor, "sweep": rows, "tuned_us": tuned.gpu_us,
+            "tuned_wall_us": tuned.wall_us}  # fmt: skip
 
 
 def show(result: dict[str, Any]) -> None:
@@ -136,9 +87,6 @@ def show(result: dict[str, Any]) -> None:
           f" (wall {result['tuned_wall_us']:.0f})")  # fmt: skip
     for row in result["sweep"][:5]:
         print(f"    {row['us']:7.2f}  {row['configuration']:38s} error {row['error']:.1e}")
-    for name, peer in result.get("peers", {}).items():
-        text = peer.get("failed") or f"{peer['us']:7.2f}  error {peer['error']:.1e}  wall {peer['wall_us']:.0f}"
-        print(f"    {name}: {text}")
 
 
 def main() -> None:

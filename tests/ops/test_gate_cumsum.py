@@ -184,7 +184,7 @@ def test_forced_launch_parameters_that_cannot_run() -> None:
         with tuning.overriding(gate_cumsum=forced):
             return parameters_for(arch.by_name(on), "bnchk", 1 << 20, 64, heads, channels)
 
-    assert choose("rows=8,lanes=64,warps=2") == {"rows": 8, "lanes": 64, "warps": 2, "serial": 1, "time_inner": 0}
+    assert choose("rows=8,lanes=64,warps=2") == {"rows": 8, "lanes": 64, "warps": 2, "serial": 1}
     with pytest.raises(ValueError, match="64 warps are 2048 threads, and a block of sm_90 has 1024"):
         choose("warps=64")
     with pytest.raises(ValueError, match="32 warps are 2048 threads, and a block of gfx942 has 1024"):

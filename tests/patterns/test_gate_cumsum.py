@@ -237,7 +237,7 @@ def test_every_linear_layer_of_hugging_face_models(name: str, batch: int, tokens
 
 def test_several_layers() -> None:
     model, inputs = hf_models.build("qwen3_next", dtype=torch.float32, layers=4, seq=100)
-    with torch.no_grad():
+    with torch.no_grad(), fusion_passes.config.patch(fusions=NAME):
         assert fusion_passes.explain(model, **inputs).counts[NAME] == 3
 
 
