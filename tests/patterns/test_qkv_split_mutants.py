@@ -1,0 +1,88 @@
+"""Mutation test of the matcher: one node of a matched graph is changed, and whatever is fused keeps every bit."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+
+from fusion_passes.graph_pass import FusionPass
+from fusion_passes.settings import snapshot
+from tests.patterns.qkv_split_spellings import SPELLINGS
+from tests.patterns.test_gate_cumsum_mutants import Change, captured, changed_target, copied, mutated, numbers, operands
+from tests.support.qkv_split import numbered
+
+aten = torch.ops.aten
+
+NAMES = (
+    "split_view_contiguous", "slices", "unbind_middle", "einops_qkv", "as_strided_windows", "heads_first",
+    "repeated_keys", "repeated_heads_first", "in_front_of_a_gate", "sequence_first_input", "interleaved_heads",
+    "strided_split", "strided_causal_tail", "strided_heads_first", "strided_repeated", "strided_as_strided",
+    "in_front_of_a_matrix_product",
+)  # fmt: skip
+PER_GRAPH = 60
+FUSED: collections.Counter[str] = collections.Counter()
+
+
+def mutants(graph: Graph) -> Iterator[tuple[str, str, Change]]:
+    """(node, kind, change) of every change of a single node."""
+    earlier: list[Node] = []
+    for node in graph.nodes:
+        if node.op == "call_function":
+            changes = itertools.chain(numbers(node), operands(node, earlier))
+            if node.target is aten.clone.default:
+                changes = itertools.chain(changes, [("other operator", changed_target(aten.neg.default))])
+            for kind, change in changes:
+                yield node.name, kind, change
+        earlier.append(node)
+
+
+def equal(actual: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> bool:
+    # Strides of axes of length one mean nothing, and a mutant may well make one.
+    return len(actual) == len(wanted) and all(
+        a.shape == b.shape and a.is_contiguous() == b.is_contiguous() and torch.equal(a, b)
+        for a, b in zip(actual, wanted)
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_a_changed_graph_is_refused_or_keeps_every_bit(name: str) -> None:
+    entry = SPELLINGS[name]
+    tracing = captured(entry.function, entry.inputs())
+    inputs = [numbered(*tensor.shape) for tensor in tracing.inputs]
+    settings = snapshot({"strict": True, "reference_on_cpu": True, "always_profitable": True, "fusions": "qkv_split"})
+    mode, changes, tried = FakeTensorMode(), list(mutants(tracing.module.graph)), 0
+    random.Random(0).shuffle(changes)
+    for node, kind, change in changes:
+        if tried == PER_GRAPH:
+            break
+        module = mutated(tracing, node, change, mode)
+        if module is None:
+            continue
+        try:
+            wanted = module(*inputs)
+        except (RuntimeError, TypeError, IndexError):  # such as memory outside of the tensor
+            continue
+        tried += 1
+        rewritten = GraphModule(module, copied(module.graph))
+        explained = FusionPass(settings)
+        explained(rewritten.graph)
+        if any(record.outcome == "fused" for record in explained.found):
+            FUSED[name] += 1
+            rewritten.recompile()
+            assert equal(rewritten(*inputs), wanted), f"{kind} at {node}: {explained.found}\n{module.graph}"
+    assert tried >= 15, (name, tried)
+
+
+def test_enough_of_them_were_fused(request: pytest.FixtureRequest) -> None:
+    if sum(item.fspath == request.node.fspath for item in request.session.items) <= len(NAMES):
+        pytest.skip("only some of the graphs were chosen")
+    assert sum(FUSED.values()) >= 100 and len(FUSED) >= len(NAMES) - 2, FUSED
