@@ -1,0 +1,139 @@
+"""Mutation test of the matcher: one node of a matched graph is changed, and whatever is fused keeps the value."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+from fusion_passes.graph_pass import FusionPass
+from fusion_passes.settings import snapshot
+from tests.patterns.mla_kv_pack_cases import assert_same_bytes
+from tests.patterns.mla_kv_pack_spellings import SPELLINGS
+from tests.patterns.test_gate_cumsum_mutants import (
+    Change,
+    captured,
+    cast_behind,
+    changed_target,
+    copied,
+    mutated,
+    numbers,
+    operands,
+)
+
+aten = torch.ops.aten
+
+NAMES = (
+    "serving_call_site", "concatenation_of_casts", "heads_first_as_in_hugging_face", "two_scales_in_float32",
+    "clamped_below_the_range", "divided_by_one_scale", "python_scales",
+)  # fmt: skip
+FEWEST, PER_GRAPH = 20, 48  # mutants that run
+ROUNDINGS = ("round trip through bfloat16", "cast target bfloat16")
+
+SWAPS: dict[Any, tuple[Any, ...]] = {
+    aten.mul.Tensor: (aten.add.Tensor, aten.div.Tensor, aten.sub.Tensor, aten.maximum.default),
+    aten.div.Tensor: (aten.mul.Tensor, aten.add.Tensor),
+    aten.clamp_min.default: (aten.clamp_max.default,),
+    aten.clamp_max.default: (aten.clamp_min.default,),
+    aten.expand.default: (aten.repeat.default,),
+}
+
+
+def mutants(graph: Graph) -> Iterator[tuple[str, str, Change]]:
+    """(node, kind, change) of every change of a single node."""
+    earlier: list[Node] = []
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "call_function":
+            for kind, change in itertools.chain(numbers(node), operands(node, earlier)):
+                yield node.name, kind, change
+            for target in SWAPS.get(node.target, ()):
+                yield node.name, "other operator", changed_target(target)
+            if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float32):
+                for dtype in (torch.int32, torch.float8_e5m2, torch.float64, torch.bfloat16):
+                    if dtype != value.dtype:
+                        yield node.name, f"round trip through {str(dtype)[6:]}", cast_behind(dtype, value.dtype)
+        earlier.append(node)
+
+
+def draws(inputs: list[Tensor], seed: int) -> list[Tensor]:
+    """Other inputs of the same layout, with values in and beyond the range of float8; scales near one."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for tensor in inputs:
+        values = torch.randn(tensor.shape, generator=generator) * 3
+        if tensor.numel() > 1:
+            values = torch.where(torch.rand(tensor.shape, generator=generator) < 0.05, values * 200, values)
+        else:
+            values = values.abs() + 0.25
+        found.append(torch.empty_like(tensor).copy_(values))
+    return found
+
+
+def differs(actual: Any, expected: Any, loose: bool) -> bool:
+    try:
+        for a, b in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
+            assert_same_bytes(a, b, loose)
+    except AssertionError:
+        return True
+    return False
+
+
+def result(module: GraphModule, inputs: list[Tensor]) -> Any:
+    """What a graph computes; None where it cannot run, such as with arithmetic on float8."""
+    try:
+        return module(*inputs)
+    except (RuntimeError, NotImplementedError, TypeError, IndexError):
+        return None
+
+
+COUNTS: collections.Counter[str] = collections.Counter()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_a_changed_graph_is_refused_or_keeps_its_value(name: str) -> None:
+    entry = SPELLINGS[name]
+    tracing = captured(entry.function, entry.inputs())
+    explained_by = snapshot(
+        {"strict": True, "reference_on_cpu": True, "always_profitable": True, "fusions": "mla_kv_pack"}
+    )
+    survivors, counts, mode = [], collections.Counter[str](), FakeTensorMode()
+    changes = list(mutants(tracing.module.graph))
+    random.Random(0).shuffle(changes)
+    for index, (node, kind, change) in enumerate(changes):
+        if counts["mutants"] == PER_GRAPH:
+            break
+        module = mutated(tracing, node, change, mode)
+        inputs = draws(tracing.inputs, index)
+        if module is None or (expected := result(module, inputs)) is None:
+            continue
+        counts["mutants"] += 1
+        rewritten = GraphModule(module, copied(module.graph))
+        explained = FusionPass(explained_by)
+        explained(rewritten.graph)
+        if not any(record.outcome == "fused" for record in explained.found):
+            continue
+        counts["fused"] += 1
+        rewritten.recompile()
+        # A rounding to bfloat16 may be dropped, as Inductor drops it.
+        if differs(rewritten(*inputs), expected, loose=kind in ROUNDINGS):
+            survivors.append(f"{kind} at {node}: {explained.found}\n{module.graph}")
+    assert not survivors, "\n\n".join(survivors[:3]) + f"\n{len(survivors)} wrong rewrites"
+    assert counts["mutants"] >= FEWEST and counts["fused"] >= 1, counts
+    COUNTS.update(counts)
+
+
+def test_there_were_enough_mutants(request: pytest.FixtureRequest) -> None:
+    if sum(item.fspath == request.node.fspath for item in request.session.items) <= len(NAMES):
+        pytest.skip("only some of the graphs were chosen")
+    assert COUNTS["mutants"] >= 300, COUNTS
