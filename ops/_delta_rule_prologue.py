@@ -210,9 +210,9 @@ def _block_sizes(b_decay, BK: tl.constexpr):
 def _products(b_k, b_q, b_decay, sizes, o_i, o_j, PRECISION: tl.constexpr):
     """k k^T and q k^T [64, 64] with the decay between the two tokens of every pair below the diagonal.
 
-    The products of one block size are right for the pairs across a middle; smaller blocks overwrite the others. In the
-    last of fewer than six sizes all pairs of a block are right: there rows are multiplied by the decay since the middle,
-    which is above one before it, and columns by its inverse.
+    The products of one block size are right for the pairs across a middle; smaller blocks overwrite the others. In
+    the last of fewer than six sizes all pairs of a block are right: there rows are multiplied by the decay since the
+    middle, which is above one before it, and columns by its inverse.
     """
     b_kk = tl.zeros([CHUNK, CHUNK], tl.float32)
     b_qk = tl.zeros([CHUNK, CHUNK], tl.float32)
@@ -225,7 +225,7 @@ def _products(b_k, b_q, b_decay, sizes, o_i, o_j, PRECISION: tl.constexpr):
         b_between = (o_j > tl.minimum(o_i, o_middle)) & (o_j <= tl.maximum(o_i, o_middle))
         b_sum = _interval_sums(tl.where(b_between, tl.where(o_i > o_middle, 1.0, sign), 0.0), b_decay, PRECISION)
         b_row = tl.exp2(b_sum).to(b_k.dtype)
-        b_kt = tl.trans(b_k * tl.exp2(b_sum * sign).to(b_k.dtype))
+        b_kt = tl.trans((b_k.to(tl.float32) * tl.exp2(b_sum * sign)).to(b_k.dtype))
         b_within = (o_i ^ o_j) < 2 * half
         b_kk = tl.where(b_within, tl.dot(b_k * b_row, b_kt, input_precision=PRECISION), b_kk)
         b_qk = tl.where(b_within, tl.dot(b_q * b_row, b_kt, input_precision=PRECISION), b_qk)
@@ -294,9 +294,9 @@ def prologue_per_channel_kernel(
     p_rows = rows_ptr + pid.to(tl.int64) * (3 * CHUNK * BK) + o_i * BK + o_k[None, :]
     b_e = tl.exp2(_interval_sums(tl.where(o_j <= o_i, 1.0, 0.0), b_decay, PRECISION))
     tl.store(p_rows, b_k * (b_e * b_rk[:, None]).to(operand))
-    tl.store(p_rows + CHUNK * BK, b_q * (b_e * b_rq[:, None]).to(operand))
+    tl.store(p_rows + CHUNK * BK, (b_q.to(tl.float32) * b_e * b_rq[:, None]).to(operand))
     b_e = tl.exp2(_interval_sums(tl.where(o_j > o_i, 1.0, 0.0), b_decay, PRECISION))
-    tl.store(p_rows + 2 * CHUNK * BK, b_k * (b_e * b_rk[:, None]).to(operand))
+    tl.store(p_rows + 2 * CHUNK * BK, (b_k.to(tl.float32) * b_e * b_rk[:, None]).to(operand))
 
     b_kk, b_qk = _products(b_k, b_q, b_decay, sizes, o_i, o_j, PRECISION)
     b_qk = tl.where(o_i == o_j, b_diagonal[:, None], b_qk) * (b_rq[:, None] * b_rk[None, :])
