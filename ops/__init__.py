@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fusion_passes.ops import gate_cumsum
+from fusion_passes.ops import chunk_delta_rule, gate_cumsum, mla_kv_pack, qkv_split
 
-__all__ = ["gate_cumsum"]
+__all__ = ["chunk_delta_rule", "gate_cumsum", "mla_kv_pack", "qkv_split"]
