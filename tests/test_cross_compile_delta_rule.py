@@ -46,8 +46,8 @@ def test_every_architecture(arch: str, per_channel: bool, tmp_path: Path) -> Non
         if launch is scan and arch in ("sm_90", "sm_100"):
             assert binary.spilled == 0
             assert binary.registers <= 168
-        # The prologue's tiles of 64 x 128 channels do not all fit into registers.
-        assert binary.spilled <= (16 if launch is scan else 1536 if per_channel else 512)
+        # The prologue's tiles of 64 x 128 channels do not all fit into registers, least of all before sm_90.
+        assert binary.spilled <= (16 if launch is scan else 2304 if per_channel else 512)
 
 
 @BOTH
