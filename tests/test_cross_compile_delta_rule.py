@@ -47,7 +47,7 @@ def test_every_architecture(arch: str, per_channel: bool, tmp_path: Path) -> Non
             assert binary.spilled == 0
             assert binary.registers <= 168
         # The prologue's tiles of 64 x 128 channels do not all fit into registers, least of all before sm_90.
-        assert binary.spilled <= (16 if launch is scan else 2304 if per_channel else 512)
+        assert binary.spilled <= (16 if launch is scan else 3072 if per_channel else 512)
 
 
 @BOTH
