@@ -16,7 +16,7 @@ import contextvars
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -77,6 +77,11 @@ class Operand:
     handle: Any
     view: Any
 
+    @property
+    def used_strides(self) -> tuple[Size, ...]:
+        """The strides, 0 along axes of length one: their stride means nothing and must not compile a kernel anew."""
+        return tuple(0 if static(n) == 1 else stride for n, stride in zip(self.shape, self.strides))
+
     def whole(self) -> Operand:
         """The operand with its offset, if it has one, inside the handle."""
         if static(self.offset) == 0:
@@ -117,6 +122,13 @@ class Launch:
     def outputs(self) -> tuple[Output, ...]:
         return tuple(value for value in self.args.values() if isinstance(value, Output))
 
+    def bound(self, tensors: Mapping[Output, Any]) -> dict[str, Any]:
+        """The arguments as the kernel takes them, outputs from `tensors`."""
+        return {
+            name: value.handle if isinstance(value, Operand) else tensors[value] if isinstance(value, Output) else value
+            for name, value in self.args.items()
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -129,6 +141,17 @@ class Program:
 
     launches: tuple[Launch, ...]
     outputs: tuple[Output, ...]
+
+    @staticmethod
+    def of(plan: Launch | Program) -> Program:
+        """What a plan returned as a program."""
+        return plan if isinstance(plan, Program) else Program((plan,), plan.outputs)
+
+    @property
+    def written(self) -> tuple[Output, ...]:
+        """All that is to be allocated: the results, and then scratch memory."""
+        scratch = (output for launch in self.launches for output in launch.outputs)
+        return tuple(dict.fromkeys((*self.outputs, *scratch)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +176,18 @@ def static(size: Size) -> int | None:
     if isinstance(size, int):
         return size
     return int(size) if isinstance(size, sympy.Integer) else None
+
+
+def constant_or_argument(
+    target: Target, constant: str, argument: str, value: Size, always: bool = False
+) -> dict[str, Size | None]:
+    """A number for a kernel that takes it compiled in, as `constant`, or where that is -1 as the run-time `argument`.
+
+    A kernel inside a compiled graph takes all that are known as constants: arguments cost time at every call. An eager
+    one takes those that are `always` the same, whatever the number of tokens: a new one must not compile a new kernel.
+    """
+    known = static(value) is not None and (target.inlined or always)
+    return {constant: value if known else -1, argument: None if known else value}
 
 
 def contiguous_strides(shape: Sequence[Size]) -> tuple[Size, ...]:
@@ -219,27 +254,22 @@ def _launch(fake: Callable[..., Any], plan: Plan, *args: Any) -> Any:
     if all(t.numel() == 0 for t in outputs):
         return out
     device = outputs[0].device
-    program = _program(plan(Target(architectures.of_device(device), int), *map(_operand, args)))
-    tensors: dict[Output, torch.Tensor] = dict(zip(program.outputs, outputs))
+    program = Program.of(plan(Target(architectures.of_device(device), int), *map(_operand, args)))
+    tensors = dict(zip(program.outputs, outputs))
     with torch.cuda.device(device):
-        for launch in program.launches:
-            for scratch in launch.outputs:
-                if scratch not in tensors:
-                    tensors[scratch] = torch.empty(scratch.shape, dtype=scratch.dtype, device=device)
-            values = {
-                name: value.handle if isinstance(value, Operand)
-                else tensors[value] if isinstance(value, Output) else value
-                for name, value in launch.args.items()
-            }  # fmt: skip
-            options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-            if launch.pdl:
-                options["launch_pdl"] = True
-            launch.kernel[launch.grid](**values, **options)
+        for scratch in program.written[len(outputs) :]:
+            tensors[scratch] = torch.empty(scratch.shape, dtype=scratch.dtype, device=device)
+        run(program, tensors)
     return out
 
 
-def _program(plan: Launch | Program) -> Program:
-    return plan if isinstance(plan, Program) else Program((plan,), plan.outputs)
+def run(program: Program, tensors: Mapping[Output, torch.Tensor]) -> None:
+    """Launch the kernels of a program that was planned for tensors, on the device that is current."""
+    for launch in program.launches:
+        options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        if launch.pdl:
+            options["launch_pdl"] = True
+        launch.kernel[launch.grid](**launch.bound(tensors), **options)
 
 
 def inline(op: torch._ops.OpOverload, plan: Plan) -> None:
@@ -255,7 +285,7 @@ def inline(op: torch._ops.OpOverload, plan: Plan) -> None:
         try:
             _refuse_symbolic(args)
             with tuning.overriding(**tuning.split_ops(_launch_setting())):
-                program = _program(plan(target, *map(_base, args)))
+                program = Program.of(plan(target, *map(_base, args)))
         except NotInlinable as reason:
             log.info("%s stays an opaque call: %s", op, reason)
             return fallback(*args)
@@ -319,22 +349,17 @@ def _with_config(kernel: Any, num_warps: int, num_stages: int) -> Any:
 def _emit(program: Program, device: torch.device) -> Any:
     """Allocate what the launches write and put them into the graph."""
     tensors: dict[Output, ir.TensorBox] = {}
-    for output in (*program.outputs, *(output for launch in program.launches for output in launch.outputs)):
-        if output not in tensors:
-            shape, strides = list(output.shape), list(output.strides)
-            tensors[output] = inductor.empty_strided(shape, strides, dtype=output.dtype, device=device)
-            tensors[output].realize()
+    for output in program.written:
+        shape, strides = list(output.shape), list(output.strides)
+        tensors[output] = inductor.empty_strided(shape, strides, dtype=output.dtype, device=device)
+        tensors[output].realize()
     for launch in program.launches:
-        values = {
-            name: value.handle if isinstance(value, Operand) else tensors[value] if isinstance(value, Output) else value
-            for name, value in launch.args.items()
-        }
         inductor.lowerings[triton_kernel_wrapper_mutation](
             kernel_idx=kernel_side_table.add_kernel(_with_config(launch.kernel, launch.num_warps, launch.num_stages)),
             constant_args_idx=kernel_side_table.add_constant_args({}),
             grid=[tuple(launch.grid) + (1,) * (3 - len(launch.grid))],
             tma_descriptor_metadata={},
-            kwargs=values,
+            kwargs=launch.bound(tensors),
         )
     outputs = [tensors[output] for output in program.outputs]
     return outputs[0] if len(outputs) == 1 else tuple(outputs)

@@ -94,19 +94,13 @@ def _sizes(**sizes: Size) -> list[int]:
 
 
 def _strides(prefix: str, operand: Operand) -> dict[str, Size]:
-    """The first three strides; those of axes of length one are never used."""
-    return {
-        f"{prefix}_stride_{axis}": 0 if static(length) == 1 else stride
-        for axis, length, stride in zip("bth", operand.shape, operand.strides)
-    }
+    """The first three strides, all run-time arguments."""
+    return {f"{prefix}_stride_{axis}": stride for axis, stride in zip("bth", operand.used_strides)}
 
 
 def _small_strides(prefix: str, operand: Operand | None, per_channel: bool) -> dict[str, int]:
     """Strides of a_log or dt_bias, [HV] or [HV, K], as constants of the kernel; 0 along axes that it has not."""
-    strides: list[Size] = [0, 0]
-    if operand is not None:
-        own = [0 if static(length) == 1 else stride for length, stride in zip(operand.shape, operand.strides)]
-        strides = [*own, 0][:2]
+    strides = (*(operand.used_strides if operand is not None else ()), 0, 0)
     head, channel = _sizes(**{f"{prefix}'s stride per head": strides[0], f"{prefix}'s stride per channel": strides[1]})
     return {f"{prefix}_H": head, f"{prefix}_K": channel} if per_channel else {f"{prefix}_H": head}
 

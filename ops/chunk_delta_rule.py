@@ -37,6 +37,7 @@ import torch
 
 from fusion_passes.lowering import define
 from fusion_passes.ops._chunk_delta_rule_checks import check_arguments, check_bounds
+from fusion_passes.ops.gate_cumsum import gate_reference
 
 Tensor = torch.Tensor
 
@@ -54,18 +55,13 @@ CHUNK = 16
 
 
 def log_decay(g: Tensor, a_log: Tensor | None, dt_bias: Tensor | None, gate: str, lower_bound: float) -> Tensor:
-    """The log decay [B, T, HV] or [B, T, HV, K] of any of the gates, in the dtype of g."""
+    """The log decay [B, T, HV] or [B, T, HV, K] of any of the gates."""
     if a_log is None:
         return g
-    per_channel = g.dim() == 4
-    rate, bias = (
-        t if t is None or t.dim() == 2 or not per_channel else t[:, None] for t in (a_log.exp(), dt_bias)
-    )  # [HV] against [HV, K]
-    z = g if bias is None else g + bias
+    # [HV] against [HV, K]
+    rate, bias = (t[:, None] if t is not None and t.dim() < g.dim() - 2 else t for t in (a_log, dt_bias))
     assert rate is not None
-    if gate == "bounded":
-        return lower_bound * torch.sigmoid(rate * z)
-    return -rate * torch.nn.functional.softplus(z)
+    return gate_reference(g, rate, bias, lower_bound if gate == "bounded" else None, beta=1.0, threshold=20.0)
 
 
 def reference(

@@ -32,6 +32,7 @@ from fusion_passes.lowering import (
     Size,
     Target,
     cdiv,
+    constant_or_argument,
     contiguous_strides,
     define,
     static,
@@ -144,25 +145,12 @@ def parameters_for(
     )  # fmt: skip
 
 
-def _strides(operand: Operand | None, axes: slice) -> tuple[Size, ...]:
-    """Strides of some axes, 0 for axes of length one: their stride means nothing and must not recompile."""
-    if operand is None:
-        return (0,) * len(range(5)[axes])
-    return tuple(0 if static(n) == 1 else s for n, s in zip(operand.shape[axes], operand.strides[axes]))
-
-
 def _stride_arguments(target: Target, tensor: str, axes: str, strides: Sequence[Size]) -> dict[str, Any]:
-    """Each stride as a constant of the kernel or as a run-time argument.
-
-    A kernel inside a compiled graph takes all that are known as constants: arguments cost time at every call. An eager
-    one does so for the stride between tokens alone, which puts row addresses into the instructions: the others depend
-    on T in some layouts, and a new T must not compile a new kernel.
-    """
+    """Strides of the kernel; the one between tokens is compiled in, which puts row addresses into instructions."""
     found: dict[str, Any] = {}
     for axis, stride in zip(axes, strides):
-        constant = static(stride) is not None and (target.inlined or axis in "tc")
-        found[f"{tensor.upper()}_{axis.upper()}"] = stride if constant else -1
-        found[f"{tensor}_stride_{axis}"] = None if constant else stride
+        names = f"{tensor.upper()}_{axis.upper()}", f"{tensor}_stride_{axis}"
+        found |= constant_or_argument(target, *names, stride, always=axis in "tc")
     return found
 
 
@@ -199,14 +187,15 @@ def plan(
     lane_blocks = heads * cdiv(channels, use["lanes"]) if channels > 1 else cdiv(heads, use["lanes"])
     small: dict[str, Size] = {}
     for name, operand in (("A", a_log), ("BIAS", bias)):
-        small |= {f"{name}_{axis}": stride for axis, stride in zip("GRK", _strides(operand, slice(0, 3)))}
+        strides = operand.used_strides if operand is not None else (0, 0, 0)
+        small |= {f"{name}_{axis}": stride for axis, stride in zip("GRK", strides)}
     args: dict[str, Any] = {
         "raw_ptr": raw, "a_log_ptr": a_log.whole(), "bias_ptr": bias and bias.whole(),
         "out_ptr": Output(shape, contiguous_strides(shape), torch.float32),
         "cu_seqlens_ptr": cu_seqlens and cu_seqlens.whole(),
         "chunk_indices_ptr": chunk_indices and chunk_indices.whole(),
         "raw_offset": raw.offset, "tokens": tokens, "chunks": chunks, "sequences": sequences,
-        **_stride_arguments(target, "raw", "btgrk", _strides(raw, slice(0, 5))),
+        **_stride_arguments(target, "raw", "btgrk", raw.used_strides),
         **_stride_arguments(target, "out", LAYOUT_AXES, [out_strides[axis] for axis in LAYOUT_AXES]), **small,
         "SCALE": scale, "LOWER_BOUND": 0.0 if lower_bound is None else lower_bound,
         "BETA": beta, "THRESHOLD": min(threshold, 1e30), "BOUNDED": lower_bound is not None,

@@ -35,6 +35,7 @@ from fusion_passes.lowering import (
     Size,
     Target,
     cdiv,
+    constant_or_argument,
     contiguous_strides,
     define,
     static,
@@ -133,18 +134,11 @@ def parameters_for(arch: Architecture, pairs: int, heads: int, columns: int) -> 
 
 
 def _strides(target: Target, tensor: str, operand: Operand | None, axes: str) -> dict[str, Any]:
-    """The strides of the leading axes, compiled in where they are known to a compiled graph, else run-time arguments.
-
-    An eager kernel takes them all at run time: a new number of tokens must not compile a new one.
-    """
+    """The strides of the leading axes; an eager kernel takes all but zeros at run time."""
     found: dict[str, Any] = {}
-    for index, axis in enumerate(axes):
-        stride: Size = 0
-        if operand is not None and static(operand.shape[index]) != 1:  # of a single element it means nothing
-            stride = operand.strides[index]
-        constant = static(stride) == 0 or (target.inlined and static(stride) is not None)
-        found[f"{tensor.upper()}_{axis.upper()}"] = stride if constant else -1
-        found[f"{tensor}_stride_{axis}"] = None if constant else stride
+    for axis, stride in zip(axes, operand.used_strides if operand is not None else (0,) * len(axes)):
+        names = f"{tensor.upper()}_{axis.upper()}", f"{tensor}_stride_{axis}"
+        found |= constant_or_argument(target, *names, stride, always=static(stride) == 0)
     return found
 
 

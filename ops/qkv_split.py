@@ -28,6 +28,7 @@ from fusion_passes.lowering import (
     Size,
     Target,
     cdiv,
+    constant_or_argument,
     contiguous_strides,
     define,
     static,
@@ -133,23 +134,16 @@ def _addressing(x: Operand, head_major: bool) -> tuple[Size, Size, tuple[Size, S
 
 
 def _numbers(target: Target, x: Operand, tokens: Size, strides: tuple[Size, Size, Size]) -> dict[str, Any]:
-    """Strides, offset and tokens, each as a constant of the kernel or as a run-time argument.
-
-    A kernel inside a compiled graph takes all that are known as constants: arguments cost time at every call. An eager
-    one takes those that do not depend on the number of tokens.
-    """
+    """Strides, offset and tokens, each as a constant of the kernel or as a run-time argument."""
     x_batch, x_token, x_column = strides
     row_major = static(x_column) == 1
-    numbers = {
-        "OFFSET": ("x_offset", x.offset, True), "TOKENS": ("token_count", tokens, False),
-        "X_B": ("x_stride_b", x_batch, static(x_batch) == 0),
-        "X_T": ("x_stride_t", x_token, row_major or static(x_token) == 1), "X_D": ("x_stride_d", x_column, row_major),
-    }  # fmt: skip
-    found: dict[str, Any] = {}
-    for constant, (argument, value, always) in numbers.items():
-        known = static(value) is not None and (target.inlined or always)
-        found |= {constant: value if known else -1, argument: None if known else value}
-    return found
+    return {
+        **constant_or_argument(target, "OFFSET", "x_offset", x.offset, always=True),
+        **constant_or_argument(target, "TOKENS", "token_count", tokens),
+        **constant_or_argument(target, "X_B", "x_stride_b", x_batch, always=static(x_batch) == 0),
+        **constant_or_argument(target, "X_T", "x_stride_t", x_token, always=row_major or static(x_token) == 1),
+        **constant_or_argument(target, "X_D", "x_stride_d", x_column, always=row_major),
+    }
 
 
 def plan(

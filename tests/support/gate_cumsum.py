@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from fusion_passes.arch import by_name
-from fusion_passes.lowering import Operand, Output, Target, _operand
 from fusion_passes.ops.gate_cumsum import plan
+from tests.support.programs import run
 
 Tensor = torch.Tensor
 
@@ -43,17 +42,7 @@ def expected(
 
 def launch(args: tuple[Any, ...], arch: str = "sm_90") -> Tensor:
     """Run the op's kernel on its arguments, with an output of NaN that the kernel has to overwrite."""
-    chosen = plan(Target(by_name(arch), int), *map(_operand, args))
-    raw = args[0]
-    out = torch.empty(0)
-    values: dict[str, Any] = {}
-    for name, value in chosen.args.items():
-        if isinstance(value, Operand):
-            value = value.handle
-        elif isinstance(value, Output):
-            out = value = torch.full(value.shape, math.nan, dtype=value.dtype, device=raw.device)
-        values[name] = value
-    chosen.kernel[chosen.grid](**values, num_warps=chosen.num_warps, num_stages=chosen.num_stages)
+    (out,) = run(plan, args, arch)
     return out
 
 

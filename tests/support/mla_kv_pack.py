@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from fusion_passes.arch import by_name
-from fusion_passes.lowering import Operand, Output, Target, _operand
 from fusion_passes.ops.mla_kv_pack import key_plan, plan
+from tests.support.programs import run
 
 Tensor = torch.Tensor
 
@@ -107,19 +106,4 @@ def same_bytes(actual: Tensor, wanted: Tensor) -> bool:
 
 def launch(args: Arguments, arch: str = "sm_90", inlined: bool = False) -> list[Tensor]:
     """Run the kernel, with outputs of NaN that it has to overwrite."""
-    plans = plan if args.v is not None else key_plan
-    chosen = plans(Target(by_name(arch), int, inlined), *map(_operand, args.positional()))
-    outputs: list[Tensor] = []
-    values: dict[str, Any] = {}
-    for name, value in chosen.args.items():
-        if isinstance(value, Operand):
-            value = value.handle
-        elif isinstance(value, Output):
-            value = torch.full(value.shape, float("nan"), device=args.k_nope.device).to(value.dtype)
-            outputs.append(value)
-        values[name] = value
-    options: dict[str, Any] = {"launch_pdl": True} if chosen.pdl and args.k_nope.is_cuda else {}
-    if chosen.pdl and not args.k_nope.is_cuda:
-        values["PDL"] = False  # an instruction of GPUs, which the interpreter does not have
-    chosen.kernel[chosen.grid](**values, num_warps=chosen.num_warps, **options)
-    return outputs
+    return list(run(plan if args.v is not None else key_plan, args.positional(), arch, inlined))

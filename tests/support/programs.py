@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import torch
 
 from fusion_passes.arch import by_name
-from fusion_passes.lowering import Operand, Output, Plan, Target, _operand, _program
+from fusion_passes.lowering import Plan, Program, Target, _operand
+from fusion_passes.lowering import run as run_program
 
 
-def run(plan: Plan, args: tuple[Any, ...], arch: str = "sm_90") -> tuple[torch.Tensor, ...]:
+def run(plan: Plan, args: tuple[Any, ...], arch: str = "sm_90", inlined: bool = False) -> tuple[torch.Tensor, ...]:
     """The results of the op, computed by its kernels: what no kernel wrote is NaN, scratch memory too."""
-    program = _program(plan(Target(by_name(arch), int), *map(_operand, args)))
     device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
-    tensors: dict[Output, torch.Tensor] = {}
-    for output in (*program.outputs, *(output for launch in program.launches for output in launch.outputs)):
-        if output not in tensors:
-            tensors[output] = torch.full(output.shape, math.nan, dtype=output.dtype, device=device)
-    for launch in program.launches:
-        values = {
-            name: value.handle if isinstance(value, Operand) else tensors[value] if isinstance(value, Output) else value
-            for name, value in launch.args.items()
-        }
-        launch.kernel[launch.grid](**values, num_warps=launch.num_warps, num_stages=launch.num_stages)
+    on_gpu = device.type == "cuda"
+    # Programmatic dependent launch is an instruction of GPUs, which the interpreter does not have.
+    target_arch = by_name(arch) if on_gpu else dataclasses.replace(by_name(arch), pdl=False)
+    program = Program.of(plan(Target(target_arch, int, inlined), *map(_operand, args)))
+    tensors = {
+        output: torch.empty_strided(output.shape, output.strides, dtype=output.dtype, device=device).copy_(
+            torch.full(output.shape, math.nan, device=device)
+        )
+        for output in program.written
+    }
+    run_program(program, tensors)
     return tuple(tensors[output] for output in program.outputs)

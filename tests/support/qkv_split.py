@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_passes.arch import by_name
-from fusion_passes.lowering import Operand, Output, Target, _operand
 from fusion_passes.ops.qkv_split import plan
+from tests.support.programs import run
 
 
 def numbered(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -37,17 +36,7 @@ def expected(
 
 def launch(args: tuple[Any, ...], arch: str = "sm_90") -> list[Tensor]:
     """Run the op's kernels on its arguments, with outputs of NaN that they have to overwrite."""
-    program = plan(Target(by_name(arch), int), *map(_operand, args))
-    outs = {
-        out: torch.full(tuple(out.shape), math.nan, dtype=out.dtype, device=args[0].device) for out in program.outputs
-    }
-    for chosen in program.launches:
-        values = {
-            name: value.handle if isinstance(value, Operand) else outs[value] if isinstance(value, Output) else value
-            for name, value in chosen.args.items()
-        }
-        chosen.kernel[chosen.grid](**values, num_warps=chosen.num_warps, num_stages=chosen.num_stages)
-    return list(outs.values())
+    return list(run(plan, args, arch))
 
 
 def same_bits(actual: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
