@@ -7,28 +7,27 @@ import triton.language as tl
 
 
 @triton.jit
-def log1p_exp(b_z):
-    """log(1 + exp(z)) in float32, to about one part in a million for every z, without overflow.
+def log2_1p_exp2(b_x):
+    """log2(1 + 2^x) in float32, to about one part in a million for every x, without overflow.
 
-    max(z, 0) + log1p(e) with e = exp(-|z|) in (0, 1]; log1p(e) / e is a minimax polynomial of degree 8 (error
-    3.3e-8 on [0, 1]), so that one special-function instruction is enough and small e keeps its digits. +-inf and
-    NaN come out as inf, 0 and NaN.
+    max(x, 0) + log2(1 + e) with e = 2^-|x| in (0, 1]; log2(1 + e) / e is a minimax polynomial of degree 7 (error
+    2e-7 on [0, 1]), so that one special-function instruction is enough and small e keeps its digits. +-inf and NaN
+    come out as inf, 0 and NaN.
     """
-    b_e = tl.exp2(tl.abs(b_z) * -1.4426950408889634)
-    b_p = tl.fma(b_e, 0.005364816635847092, -0.030065761879086494)
-    b_p = tl.fma(b_p, b_e, 0.0792044848203659)
-    b_p = tl.fma(b_p, b_e, -0.13753798604011536)
-    b_p = tl.fma(b_p, b_e, 0.1915365308523178)
-    b_p = tl.fma(b_p, b_e, -0.24857163429260254)
-    b_p = tl.fma(b_p, b_e, 0.3332132399082184)
-    b_p = tl.fma(b_p, b_e, -0.49999648332595825)
-    b_p = tl.fma(b_p, b_e, 1.0)
-    return tl.fma(b_e, b_p, tl.maximum(b_z, 0.0))
+    b_e = tl.exp2(-tl.abs(b_x))
+    b_p = tl.fma(b_e, -0.012319479137659073, 0.06360792368650436)
+    b_p = tl.fma(b_p, b_e, -0.1553519368171692)
+    b_p = tl.fma(b_p, b_e, 0.2560097873210907)
+    b_p = tl.fma(b_p, b_e, -0.35339486598968506)
+    b_p = tl.fma(b_p, b_e, 0.48006370663642883)
+    b_p = tl.fma(b_p, b_e, -0.7213100790977478)
+    b_p = tl.fma(b_p, b_e, 1.4426947832107544)
+    return tl.fma(b_e, b_p, tl.maximum(b_x, 0.0))
 
 
 @triton.jit
 def log2_1p_exp(b_z):
-    """log2(1 + exp(z)) in float32 to one part in 10^5: half the work of `log1p_exp`, for results that are rounded."""
+    """log2(1 + exp(z)) in float32 to one part in 10^5: half the work of `log2_1p_exp2`, for results that are rounded."""
     b_z *= 1.4426950408889634
     b_e = tl.exp2(-tl.abs(b_z))
     b_p = tl.fma(b_e, -0.034435901790857315, 0.1460328996181488)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusion_passes.ops._common import log1p_exp, log2_1p_exp, sigmoid_exp2
+from fusion_passes.ops._common import log2_1p_exp, log2_1p_exp2, sigmoid_exp2
 from fusion_passes.ops._delta_rule_inverse import inverse
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -73,7 +73,7 @@ def _log2_decay(b_g, b_a, b_bias, LOWER_BOUND: tl.constexpr, GATE: tl.constexpr,
     if GATE == "softplus":
         b_z = b_g + b_bias
         if EXACT:
-            b_softplus = log1p_exp(b_z) * LOG2E
+            b_softplus = log2_1p_exp2(b_z * LOG2E)
         else:
             b_softplus = log2_1p_exp(b_z)
         b_decay = tl.exp2(b_a * LOG2E) * -b_softplus

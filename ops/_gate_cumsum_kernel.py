@@ -1,11 +1,12 @@
 """Triton kernel of `gate_cumsum`: gate and chunk-local cumulative sum in one pass over memory.
 
 A program takes one chunk of one sequence and LANES neighbouring lanes: channels of one head, or heads where the
-gate is one number per head (K = 1). It walks the CHUNK rows of the chunk ROWS at a time, with all loads of a step
-issued before the first use, and carries the sum:
+gate is one number per head (K = 1). It sums the CHUNK rows of the chunk in one of two ways:
 
-* SERIAL: a thread owns its lanes and adds row after row in registers, without any exchange between threads;
-* otherwise a step is a ROWS x LANES tile, summed along its rows by a parallel scan.
+* SERIAL: CHUNK / ROWS segments side by side. A thread adds the ROWS rows of a segment one after the other in
+  registers; a scan over the segments, of one row each, gives what came before. All loads of a chunk are in flight
+  before the first value is used, a_log and bias among them.
+* otherwise in steps of ROWS x LANES tiles, each summed along its rows by a parallel scan, with the sum so far carried.
 
 Arithmetic is float32. Row offsets are 64-bit. Token strides that are known when the kernel is compiled are
 constants, which puts row addresses into the instructions.
@@ -16,81 +17,103 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusion_passes.ops._common import log1p_exp, sigmoid_exp2
+from fusion_passes.ops._common import log2_1p_exp2, sigmoid_exp2
+
+
+@triton.jit
+def _gate_factors(
+    b_a, b_bias, SCALE: tl.constexpr, LOWER_BOUND: tl.constexpr, BETA: tl.constexpr, BOUNDED: tl.constexpr
+):
+    """Bias, slope and rate as `_gate` takes them: all that does not depend on the token, in units of log2."""
+    b_exp_a = tl.exp(b_a)
+    if BOUNDED:
+        b_slope = b_exp_a * -1.4426950408889634
+        b_rate = tl.zeros_like(b_a) + LOWER_BOUND * SCALE
+    else:
+        b_slope = b_exp_a
+        b_rate = b_exp_a * (-SCALE / BETA * 0.6931471805599453)
+        b_bias = b_bias * (BETA * 1.4426950408889634)
+    return b_bias, b_slope, b_rate
 
 
 @triton.jit
 def _gate(b_raw, b_bias, b_slope, b_rate, BETA: tl.constexpr, THRESHOLD: tl.constexpr, BOUNDED: tl.constexpr):
-    """The scaled log decay of raw gate values; b_bias carries BETA, b_rate all factors behind the nonlinearity."""
+    """The scaled log decay of raw gate values; b_bias carries BETA and log2(e), b_rate all behind the nonlinearity."""
     if BOUNDED:
         b_gate = b_rate * sigmoid_exp2((b_raw + b_bias) * b_slope)
     else:
-        b_z = tl.fma(b_raw, BETA, b_bias)
-        b_softplus = log1p_exp(b_z)
+        b_z = tl.fma(b_raw, BETA * 1.4426950408889634, b_bias)
+        b_softplus = log2_1p_exp2(b_z)
         # From 18 on both sides of the threshold round to z in float32.
         if THRESHOLD < 18.0:
-            b_softplus = tl.where(b_z > THRESHOLD, b_z, b_softplus)
+            b_softplus = tl.where(b_z > THRESHOLD * 1.4426950408889634, b_z, b_softplus)
         # Without a threshold exp overflows in float32, and so does what the reference computes.
         if THRESHOLD > 88.0:
-            b_softplus = tl.where((b_z > 88.72284) & (b_z <= THRESHOLD), float("inf"), b_softplus)
+            b_overflow = (b_z > 128.0) & (b_z <= THRESHOLD * 1.4426950408889634)
+            b_softplus = tl.where(b_overflow, float("inf"), b_softplus)
         b_gate = b_rate * b_softplus
     return b_gate
 
 
 @triton.jit
-def _within(b_lane, row, valid):
-    """The mask of lanes of one row: none where the row is no token."""
-    return b_lane & (tl.zeros_like(b_lane).to(tl.int32) + row < valid)
+def _then(b_before, b_sum, b_before_next, b_sum_next):
+    """Joins (sum before the last element, sum) of two neighbouring ranges; scanned, it gives sums without own element.
+
+    Subtracting the own element from an inclusive sum instead would turn -inf into NaN.
+    """
+    return b_sum + b_before_next, b_sum + b_sum_next
 
 
 @triton.jit
-def _load_rows(p_rows, row_stride, first, valid, b_lane, ROWS: tl.constexpr, MASKED: tl.constexpr):
-    """ROWS vectors of lanes as a tuple, so that every load is in flight before the first value is used."""
-    rows = ()
-    for i in tl.static_range(ROWS):
-        b_mask = b_lane
-        if MASKED:
-            b_mask = _within(b_lane, first + i, valid)
-        rows = rows + (tl.load(p_rows + i * row_stride, mask=b_mask, other=0.0),)  # type: ignore[assignment]
-    return rows
-
-
-@triton.jit
-def _serial_scan(
-    p_raw, p_out, raw_row, out_row, valid, b_lane, b_bias, b_slope, b_rate,
-    BETA: tl.constexpr, THRESHOLD: tl.constexpr, BOUNDED: tl.constexpr,
+def _segment_scan(
+    p_raw, p_out, raw_row, out_row, valid, b_lane, b_a, b_bias,
+    SCALE: tl.constexpr, LOWER_BOUND: tl.constexpr, BETA: tl.constexpr, THRESHOLD: tl.constexpr, BOUNDED: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     MASKED: tl.constexpr, PAD_GATE: tl.constexpr, STORE_TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Row by row: p_raw and p_out are LANES pointers to the first row of the chunk."""
-    b_sum = tl.zeros([LANES], dtype=tl.float32)
-    rows = _load_rows(p_raw, raw_row, 0, valid, b_lane, ROWS, MASKED)
-    for first in tl.range(0, CHUNK, ROWS, loop_unroll_factor=1):
-        # The next step's loads are under way while this one is summed and stored.
-        p_raw += ROWS * raw_row
-        b_inside = _within(b_lane, first + ROWS, CHUNK)
-        ahead = _load_rows(p_raw, raw_row, first + ROWS, valid, b_inside, ROWS, MASKED)
-        for i in tl.static_range(ROWS):
-            b_gate = _gate(rows[i].to(tl.float32), b_bias, b_slope, b_rate, BETA, THRESHOLD, BOUNDED)
-            if MASKED and not PAD_GATE:
-                b_gate = tl.where(_within(b_lane, first + i, valid), b_gate, 0.0)
-            b_sum += b_gate
-            if MASKED and not STORE_TAIL:
-                tl.store(p_out + i * out_row, b_sum, mask=_within(b_lane, first + i, valid))
-            else:
-                tl.store(p_out + i * out_row, b_sum, mask=b_lane)
-        p_out += ROWS * out_row
-        rows = ahead
+    """Segment s holds rows s * ROWS to (s + 1) * ROWS; p_raw and p_out are LANES pointers to the chunk's first row."""
+    SEGMENTS: tl.constexpr = CHUNK // ROWS
+    o_first = tl.arange(0, SEGMENTS) * ROWS
+    b_lanes = tl.broadcast_to(b_lane[None, :], [SEGMENTS, LANES])
+    p_raw = p_raw[None, :] + (o_first.to(tl.int64) * raw_row)[:, None]
+    p_out = p_out[None, :] + (o_first.to(tl.int64) * out_row)[:, None]
+    rows = ()
+    for i in tl.static_range(ROWS):
+        b_mask = b_lanes
+        if MASKED:
+            b_mask = b_lanes & (o_first + i < valid)[:, None]
+        b_row = tl.load(p_raw + i * raw_row, mask=b_mask, other=0.0, eviction_policy="evict_first")
+        rows = rows + (b_row,)  # type: ignore[assignment]
+    b_bias, b_slope, b_rate = _gate_factors(b_a, b_bias, SCALE, LOWER_BOUND, BETA, BOUNDED)
+    b_sum = tl.zeros([SEGMENTS, LANES], dtype=tl.float32)
+    sums = ()
+    for i in tl.static_range(ROWS):
+        b_raw = rows[i].to(tl.float32)
+        b_gate = _gate(b_raw, b_bias[None, :], b_slope[None, :], b_rate[None, :], BETA, THRESHOLD, BOUNDED)
+        if MASKED and not PAD_GATE:
+            b_gate = tl.where((o_first + i < valid)[:, None], b_gate, 0.0)
+        b_sum += b_gate
+        sums = sums + (b_sum,)  # type: ignore[assignment]
+    if SEGMENTS > 1:
+        b_before, b_sum = tl.associative_scan((tl.zeros_like(b_sum), b_sum), 0, _then)
+    else:
+        b_before = tl.zeros_like(b_sum)
+    for i in tl.static_range(ROWS):
+        b_mask = b_lanes
+        if MASKED and not STORE_TAIL:
+            b_mask = b_lanes & (o_first + i < valid)[:, None]
+        tl.store(p_out + i * out_row, sums[i] + b_before, mask=b_mask, eviction_policy="evict_first")
 
 
 @triton.jit
 def _tile_scan(
-    p_raw, p_out, raw_row, out_row, valid, b_lane, b_bias, b_slope, b_rate,
-    BETA: tl.constexpr, THRESHOLD: tl.constexpr, BOUNDED: tl.constexpr,
+    p_raw, p_out, raw_row, out_row, valid, b_lane, b_a, b_bias,
+    SCALE: tl.constexpr, LOWER_BOUND: tl.constexpr, BETA: tl.constexpr, THRESHOLD: tl.constexpr, BOUNDED: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     MASKED: tl.constexpr, PAD_GATE: tl.constexpr, STORE_TAIL: tl.constexpr,
 ):  # fmt: skip
     """Tile by tile: ROWS rows are summed in parallel, and the sum so far is carried to the next tile."""
+    b_bias, b_slope, b_rate = _gate_factors(b_a, b_bias, SCALE, LOWER_BOUND, BETA, BOUNDED)
     b_carry = tl.zeros([LANES], dtype=tl.float32)
     o_row = tl.arange(0, ROWS).to(tl.int64)
     for first in tl.range(0, CHUNK, ROWS, loop_unroll_factor=1):
@@ -112,19 +135,19 @@ def _tile_scan(
 
 @triton.jit
 def _scan(
-    p_raw, p_out, raw_row, out_row, valid, b_lane, b_bias, b_slope, b_rate,
-    BETA: tl.constexpr, THRESHOLD: tl.constexpr, BOUNDED: tl.constexpr,
+    p_raw, p_out, raw_row, out_row, valid, b_lane, b_a, b_bias,
+    SCALE: tl.constexpr, LOWER_BOUND: tl.constexpr, BETA: tl.constexpr, THRESHOLD: tl.constexpr, BOUNDED: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     MASKED: tl.constexpr, PAD_GATE: tl.constexpr, STORE_TAIL: tl.constexpr, SERIAL: tl.constexpr,
 ):  # fmt: skip
     if SERIAL:
-        _serial_scan(
-            p_raw, p_out, raw_row, out_row, valid, b_lane, b_bias, b_slope, b_rate, BETA, THRESHOLD, BOUNDED,
+        _segment_scan(
+            p_raw, p_out, raw_row, out_row, valid, b_lane, b_a, b_bias, SCALE, LOWER_BOUND, BETA, THRESHOLD, BOUNDED,
             CHUNK, ROWS, LANES, MASKED, PAD_GATE, STORE_TAIL,
         )  # fmt: skip
     else:
         _tile_scan(
-            p_raw, p_out, raw_row, out_row, valid, b_lane, b_bias, b_slope, b_rate, BETA, THRESHOLD, BOUNDED,
+            p_raw, p_out, raw_row, out_row, valid, b_lane, b_a, b_bias, SCALE, LOWER_BOUND, BETA, THRESHOLD, BOUNDED,
             CHUNK, ROWS, LANES, MASKED, PAD_GATE, STORE_TAIL,
         )  # fmt: skip
 
@@ -143,24 +166,8 @@ def _lane_offsets(o_h, o_k, stride_g, stride_r, stride_k, G: tl.constexpr, R: tl
 
 
 @triton.jit
-def _gate_factors(
-    b_a, b_bias, SCALE: tl.constexpr, LOWER_BOUND: tl.constexpr, BETA: tl.constexpr, BOUNDED: tl.constexpr
-):
-    """Bias, slope and rate as `_gate` takes them: all that does not depend on the token."""
-    b_exp_a = tl.exp(b_a)
-    if BOUNDED:
-        b_slope = b_exp_a * -1.4426950408889634
-        b_rate = tl.zeros_like(b_a) + LOWER_BOUND * SCALE
-    else:
-        b_slope = b_exp_a
-        b_rate = b_exp_a * (-SCALE / BETA)
-        b_bias = b_bias * BETA
-    return b_bias, b_slope, b_rate
-
-
-@triton.jit
 def _locate_chunk(
-    pid, cu_seqlens_ptr, chunk_indices_ptr, tokens, sequences, index_chunks,
+    pid, cu_seqlens_ptr, chunk_indices_ptr, tokens, sequences,
     CHUNK: tl.constexpr, HAS_INDICES: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
     """First token and number of tokens (0: nothing to do) of the chunk of packed sequences that `pid` names.
@@ -221,7 +228,7 @@ def gate_cumsum_kernel(
     one = tl.full([], 1, tl.int64)
     tile = tl.program_id(0)
     block = tile % blocks
-    o_chunk = (tile // blocks).to(tl.int64)
+    o_chunk = tile // blocks
 
     # Lanes: o_h and o_k are the head and channel of each, one of them the same for the whole program.
     if K > 1:
@@ -243,7 +250,6 @@ def gate_cumsum_kernel(
     if bias_ptr is not None:
         bias_lane = _lane_offsets(o_h, o_k, BIAS_G, BIAS_R, BIAS_K, G, R, LANES)
         b_bias = tl.load(bias_ptr + bias_lane, mask=b_lane, other=0.0).to(tl.float32)
-    b_bias, b_slope, b_rate = _gate_factors(b_a, b_bias, SCALE, LOWER_BOUND, BETA, BOUNDED)
 
     # Rows: the first token, its place in the output, and how many of the CHUNK rows are real tokens.
     raw_row = one * (RAW_T if RAW_T >= 0 else raw_stride_t)
@@ -253,13 +259,13 @@ def gate_cumsum_kernel(
     out_chunk = one * (OUT_N if OUT_N >= 0 else out_stride_n)
     if VARLEN:
         first_token, valid = _locate_chunk(
-            o_chunk, cu_seqlens_ptr, chunk_indices_ptr, tokens, sequences, chunks, CHUNK, VARLEN == 2, SEARCH
+            one * o_chunk, cu_seqlens_ptr, chunk_indices_ptr, tokens, sequences, CHUNK, VARLEN == 2, SEARCH
         )
         out_base = first_token * out_row
-        o_batch = o_chunk * 0
+        o_batch = one * 0
     else:
-        o_batch = o_chunk // chunks
-        o_n = o_chunk % chunks
+        o_batch = one * (o_chunk // chunks)
+        o_n = one * (o_chunk % chunks)
         first_token = o_n * CHUNK
         valid = tl.minimum(tl.maximum(tokens - first_token, 0), CHUNK)
         out_base = o_batch * out_batch + o_n * out_chunk
@@ -273,11 +279,11 @@ def gate_cumsum_kernel(
     p_out = out_ptr + out_base + _lane_offsets(o_h, o_k, 0, out_h, out_k, 1, H, LANES)
     if valid == CHUNK:
         _scan(
-            p_raw, p_out, raw_row, out_row, valid, b_lane, b_bias, b_slope, b_rate, BETA, THRESHOLD, BOUNDED,
+            p_raw, p_out, raw_row, out_row, valid, b_lane, b_a, b_bias, SCALE, LOWER_BOUND, BETA, THRESHOLD, BOUNDED,
             CHUNK, ROWS, LANES, False, PAD_GATE, True, SERIAL,
         )  # fmt: skip
     elif VARLEN == 0 or valid > 0:
         _scan(
-            p_raw, p_out, raw_row, out_row, valid, b_lane, b_bias, b_slope, b_rate, BETA, THRESHOLD, BOUNDED,
+            p_raw, p_out, raw_row, out_row, valid, b_lane, b_a, b_bias, SCALE, LOWER_BOUND, BETA, THRESHOLD, BOUNDED,
             CHUNK, ROWS, LANES, True, PAD_GATE, VARLEN == 0, SERIAL,
         )  # fmt: skip

@@ -107,12 +107,13 @@ def _complaint(parameters: Parameters, arch: Architecture, chunk_size: int, head
         return f"{warps} warps are {warps * arch.warp_size} threads, and a block of {arch.name} has {arch.max_threads}"
     if rows > chunk_size:
         return f"rows={rows} is more than a chunk of {chunk_size} tokens"
-    total, what = (channels, "channels") if channels > 1 else (heads, "heads")
+    total, of = (channels, "channels") if channels > 1 else (heads, "heads")
     if lanes >= 2 * total and lanes > 1:
-        return f"lanes={lanes} is more than there are {what} ({total}) to share out"
-    held = rows * lanes // (warps * arch.warp_size)
+        return f"lanes={lanes} is more than there are {of} ({total}) to share out"
+    at_once, what = (chunk_size, "chunk size") if parameters["serial"] else (rows, "rows")
+    held = at_once * lanes // (warps * arch.warp_size)
     if held > 128:
-        return f"a thread would hold {held} values (rows * lanes / threads), and 128 fit in its registers"
+        return f"a thread would hold {held} values ({what} * lanes / threads), and 128 fit in its registers"
     if not parameters["serial"] and rows * lanes * 4 > arch.shared_memory:
         return f"a tile takes {rows * lanes * 4} bytes, and a block of {arch.name} has {arch.shared_memory} to share"
     return None

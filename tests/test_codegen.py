@@ -76,7 +76,7 @@ def test_warps_and_constants_reach_the_kernel() -> None:
     code = fake_cuda.wrapper_code(layer, arguments())
     definition = code[code.index("gate_cumsum_kernel") :]
     assert "num_warps" in definition and "'ROWS'" in definition and "'LANES'" in definition
-    assert "log1p_exp" in definition
+    assert "log2_1p_exp2" in definition
 
 
 def test_packed_sequences_are_inlined() -> None:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 CONFIGURATIONS = [
     "",
     "rows=1,lanes=32,warps=1,serial=1",
-    "rows=16,lanes=128,warps=1,serial=1",
+    "rows=16,lanes=128,warps=4,serial=1",
     "rows=8,lanes=64,warps=2,serial=1",
     "rows=16,lanes=32,warps=1,serial=0",
     "rows=32,lanes=32,warps=4,serial=0",
@@ -51,10 +51,10 @@ def exact(args: tuple[Any, ...]) -> torch.Tensor:
 
 
 def check(args: tuple[Any, ...], forced: str = "") -> None:
-    """Every element within 2e-6 of float64, from an output that starts as NaN."""
+    """Every element within 4e-6 of float64, from an output that starts as NaN."""
     with tuning.overriding(**({"gate_cumsum": forced} if forced else {})):
         out = launch(args)
-    torch.testing.assert_close(out.double(), exact(args), rtol=2e-6, atol=1e-8, equal_nan=True)
+    torch.testing.assert_close(out.double(), exact(args), rtol=4e-6, atol=1e-8, equal_nan=True)
 
 
 def forced_for(forced: str, channels: int, heads: int) -> str:

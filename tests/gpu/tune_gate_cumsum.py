@@ -23,11 +23,9 @@ from fusion_passes.benchmarking import Case
 from fusion_passes.ops.gate_cumsum import OP, cases
 
 CHANNEL = [
-    *(f"rows={r},lanes={n},warps=1,serial=1" for r, n in itertools.product((8, 16, 32, 64), (32, 64, 128))
-      if r * n <= 4096),
-    "rows=16,lanes=128,warps=2,serial=1", "rows=32,lanes=128,warps=2,serial=1", "rows=64,lanes=128,warps=4,serial=1",
-    "rows=64,lanes=32,warps=1,serial=0", "rows=64,lanes=32,warps=2,serial=0", "rows=64,lanes=64,warps=4,serial=0",
-    "rows=32,lanes=64,warps=2,serial=0", "rows=16,lanes=128,warps=1,serial=0", "rows=64,lanes=16,warps=1,serial=0",
+    *(f"rows={r},lanes={n},warps={64 * n // (32 * held)},serial=1"
+      for r, n, held in itertools.product((4, 8, 16), (32, 64, 128), (16, 32, 64))),
+    "rows=64,lanes=32,warps=2,serial=0", "rows=64,lanes=64,warps=4,serial=0", "rows=32,lanes=64,warps=2,serial=0",
 ]  # fmt: skip
 HEAD = [
     *(f"rows=64,lanes={n},warps={w},serial=0"

@@ -40,7 +40,7 @@ def check(
     if not pad_gate:
         for t in range(tokens, chunks * chunk):
             want[:, t] = 0.0 if t % chunk == 0 else want[:, t - 1]
-    torch.testing.assert_close(out.double(), want, rtol=2e-6, atol=1e-9, equal_nan=True)
+    torch.testing.assert_close(out.double(), want, rtol=4e-6, atol=1e-9, equal_nan=True)  # terms of both signs cancel
 
 
 @pytest.mark.parametrize("launch_with", [SERIAL, TILE])
