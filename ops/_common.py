@@ -27,7 +27,7 @@ def log2_1p_exp2(b_x):
 
 @triton.jit
 def log2_1p_exp(b_z):
-    """log2(1 + exp(z)) in float32 to one part in 10^5: half the work of `log2_1p_exp2`, for results that are rounded."""
+    """log2(1 + exp(z)) in float32 to one part in 10^5: less work than `log2_1p_exp2`, for results that are rounded."""
     b_z *= 1.4426950408889634
     b_e = tl.exp2(-tl.abs(b_z))
     b_p = tl.fma(b_e, -0.034435901790857315, 0.1460328996181488)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
 import torch
 
-from fusion_passes.benchmarking import Case
+from fusion_passes.benchmarking import Call, Case
 from fusion_passes.ops.mla_kv_pack import OP, reference
 
 Tensor = torch.Tensor
 
 NOPE, PE, V = 128, 64, 128
 FLOAT8 = torch.float8_e4m3fn
+SCALES = (1.7, 0.6)
 
 
 def cases() -> list[Case]:
@@ -36,6 +38,7 @@ def _case(heads: int, tokens: int, scaled: bool) -> Case:
         flops=pairs * (NOPE + PE + V) * scaled,
         reference=reference,
         plain=plain,
+        peers={"sglang": _sglang},
     )
 
 
@@ -47,9 +50,20 @@ def _arguments(
 
     kv = draw(1, tokens, heads, NOPE + V).to(torch.bfloat16)
     k_pe = draw(1, tokens, PE).to(torch.bfloat16)
-    scales = (torch.tensor(1.7, device=device), torch.tensor(0.6, device=device)) if scaled else (None, None)
+    scales = (*(torch.tensor(scale, device=device) for scale in SCALES),) if scaled else (None, None)
     steps = "*s" if scaled else ""
     return kv[..., :NOPE], k_pe, kv[..., NOPE:], *scales, steps, FLOAT8, "bthd", False, steps, FLOAT8, "bthd"
+
+
+def _sglang() -> Call:
+    """SGLang's kernel, with scales as numbers: it multiplies both always."""
+    module = importlib.import_module("sglang.kernels.ops.attention.mla_kv_pack_quantize_fp8")
+
+    def call(k_nope: Tensor, k_pe: Tensor, v: Tensor, k_scale: Tensor | None, *form: Any) -> Any:
+        scales = (1.0, 1.0) if k_scale is None else SCALES
+        return module.mla_kv_pack_quantize_fp8(k_nope[0], k_pe[0], v[0], *scales)
+
+    return call
 
 
 def plain(

@@ -12,13 +12,13 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_columns(p_row, b_mask, WIDTH: tl.constexpr, POLICY: tl.constexpr):
+def _load_columns(p_row, b_mask, WIDTH: tl.constexpr):
     """WIDTH columns from p_row [rows, 1] on: one tile for each power of two from 1024 down to 8, or a placeholder."""
     tiles = ()
     for i in tl.static_range(8):
         if (WIDTH >> (10 - i)) & 1:
             o_column = WIDTH // (2048 >> i) * (2048 >> i) + tl.arange(0, 1024 >> i)[None, :]
-            tiles = tiles + (tl.load(p_row + o_column, mask=b_mask, eviction_policy=POLICY),)  # type: ignore[assignment]
+            tiles = tiles + (tl.load(p_row + o_column, mask=b_mask),)  # type: ignore[assignment]
         else:
             tiles = tiles + (0,)  # type: ignore[assignment]
     return tiles
@@ -128,13 +128,13 @@ def mla_kv_pack_kernel(
         p_pe += o_b * (PE_B if PE_B >= 0 else pe_stride_b)
     # All heads of a token share its k_pe. Each row reads it again, from L1, which saves an exchange between threads.
     p_pe += tl.zeros([ROWS, 1], tl.int64)
-    nope = _load_columns(p_nope, b_mask, NOPE, "evict_first")
-    pe = _load_columns(p_pe, b_mask, PE, "evict_last")
+    nope = _load_columns(p_nope, b_mask, NOPE)
+    pe = _load_columns(p_pe, b_mask, PE)
     if V > 0:
         p_v = v_ptr + v_offset + o_t * (V_T if V_T >= 0 else v_stride_t) + o_h * (V_H if V_H >= 0 else v_stride_h)
         if BATCHED:
             p_v += o_b * (V_B if V_B >= 0 else v_stride_b)
-        v = _load_columns(p_v, b_mask, V, "evict_first")
+        v = _load_columns(p_v, b_mask, V)
     b_k_scale = _scale(k_scale_ptr)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -34,16 +34,10 @@ def _load_tile(
         if aligned & ((first_token + ROWS <= whole) | (tokens == whole)):
             wide = column * (x_column // VECTOR * VECTOR)
             m_token = (o_token < whole)[None, :]
-            b_turned = tl.load(
-                p_x + wide[:, None] + o_token[None, :], mask=m_column & m_token, eviction_policy="evict_first"
-            )
+            b_turned = tl.load(p_x + wide[:, None] + o_token[None, :], mask=m_column & m_token)
         else:
             m_token = (o_token < tokens)[None, :]
-            b_turned = tl.load(
-                p_x + (column * x_column)[:, None] + o_token[None, :],
-                mask=m_column & m_token,
-                eviction_policy="evict_first",
-            )
+            b_turned = tl.load(p_x + (column * x_column)[:, None] + o_token[None, :], mask=m_column & m_token)
         b_x = tl.trans(b_turned)
     else:
         m_x = (o_token < tokens)[:, None]
@@ -51,10 +45,10 @@ def _load_tile(
             m_x = m_x & (o_column < WIDTH)[None, :]
         if aligned:
             p_wide = p_x + (token * (x_token // VECTOR * VECTOR))[:, None] + (START + o_column)[None, :]
-            b_x = tl.load(p_wide, mask=m_x, eviction_policy="evict_first")
+            b_x = tl.load(p_wide, mask=m_x)
         else:
             p_narrow = p_x + (token * x_token)[:, None] + (column * x_column)[None, :]
-            b_x = tl.load(p_narrow, mask=m_x, eviction_policy="evict_first")
+            b_x = tl.load(p_narrow, mask=m_x)
     return b_x
 
 

@@ -13,6 +13,7 @@ Dims: B batch, T tokens, D columns, H heads, R repeats, K channels of a head.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -222,9 +223,7 @@ def _fake(
     check_arguments(x, heads, dims, repeats)
     batch, tokens = x.shape[:2]
     lanes = [h * r for h, r in zip(heads, repeats)]
-    return [
-        x.new_empty((batch, h, tokens, k) if head_major else (batch, tokens, h, k)) for h, k in zip(lanes, dims)
-    ]
+    return [x.new_empty((batch, h, tokens, k) if head_major else (batch, tokens, h, k)) for h, k in zip(lanes, dims)]
 
 
 def _cpu(
@@ -314,5 +313,12 @@ def cases() -> list[Any]:
 
         name = f"{heads}+{heads}+{2 * heads} heads x128 T={tokens} {'strided' if strided else 'contiguous'}"
         moved = 2 * 2 * columns * tokens
-        found.append(Case(name, OP, make, bytes=moved, flops=0, reference=reference, plain=plain, bound=0.0))
+        found.append(Case(name, OP, make, bytes=moved, flops=0, reference=reference, plain=plain, bound=0.0,
+                          peers={"sglang": _sglang}))  # fmt: skip
     return found
+
+
+def _sglang() -> Any:
+    """SGLang's kernel, which takes one batch and these layouts."""
+    module = importlib.import_module("sglang.kernels.ops.attention.triton_gdn_fused_proj")
+    return lambda x, heads, dims, *form: module.fused_qkv_split_gdn_prefill(x[0], *heads, *dims)
