@@ -136,6 +136,7 @@ def mla_kv_pack_kernel(
             p_v += o_b * (V_B if V_B >= 0 else v_stride_b)
         v = _load_columns(p_v, b_mask, V)
     b_k_scale = _scale(k_scale_ptr)
+    b_v_scale = _scale(v_scale_ptr)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
@@ -146,4 +147,4 @@ def mla_kv_pack_kernel(
     _store_columns(p_k + (0 if PE_FIRST else NOPE), b_mask, pe, b_k_scale, PE, K_STEPS, K_FACTOR, K_LOW, K_HIGH)
     if V > 0:
         p_v_out = v_out_ptr + (o_head_major if V_HEAD_MAJOR else o_token_major) * V
-        _store_columns(p_v_out, b_mask, v, _scale(v_scale_ptr), V, V_STEPS, V_FACTOR, V_LOW, V_HIGH)
+        _store_columns(p_v_out, b_mask, v, b_v_scale, V, V_STEPS, V_FACTOR, V_LOW, V_HIGH)
