@@ -65,6 +65,19 @@ def _then(b_before, b_sum, b_before_next, b_sum_next):
 
 
 @triton.jit
+def _load_rows(p_raw, raw_row, o_first, valid, b_lanes, ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """Row i of every segment, for each i, as a tuple: every load is in flight before the first value is used."""
+    rows = ()
+    for i in tl.static_range(ROWS):
+        b_mask = b_lanes
+        if MASKED:
+            b_mask = b_lanes & (o_first + i < valid)[:, None]
+        b_row = tl.load(p_raw + i * raw_row, mask=b_mask, other=0.0, eviction_policy="evict_first")
+        rows = rows + (b_row,)  # type: ignore[assignment]
+    return rows
+
+
+@triton.jit
 def _segment_scan(
     p_raw, p_out, raw_row, out_row, valid, b_lane, b_a, b_bias,
     SCALE: tl.constexpr, LOWER_BOUND: tl.constexpr, BETA: tl.constexpr, THRESHOLD: tl.constexpr, BOUNDED: tl.constexpr,
@@ -77,13 +90,7 @@ def _segment_scan(
     b_lanes = tl.broadcast_to(b_lane[None, :], [SEGMENTS, LANES])
     p_raw = p_raw[None, :] + (o_first.to(tl.int64) * raw_row)[:, None]
     p_out = p_out[None, :] + (o_first.to(tl.int64) * out_row)[:, None]
-    rows = ()
-    for i in tl.static_range(ROWS):
-        b_mask = b_lanes
-        if MASKED:
-            b_mask = b_lanes & (o_first + i < valid)[:, None]
-        b_row = tl.load(p_raw + i * raw_row, mask=b_mask, other=0.0, eviction_policy="evict_first")
-        rows = rows + (b_row,)  # type: ignore[assignment]
+    rows = _load_rows(p_raw, raw_row, o_first, valid, b_lanes, ROWS, MASKED)
     b_bias, b_slope, b_rate = _gate_factors(b_a, b_bias, SCALE, LOWER_BOUND, BETA, BOUNDED)
     b_sum = tl.zeros([SEGMENTS, LANES], dtype=tl.float32)
     sums = ()
