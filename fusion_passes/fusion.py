@@ -38,11 +38,13 @@ class Context:
         settings: the snapshot of the configuration for this compile.
         sizes: admissible assignments of integers to the graph's size symbols, the hints first. A match must
             hold under every one of them.
+        memo: what a fusion wants to remember about the graph; emptied when a site was fused.
     """
 
     graph: Graph
     settings: Settings
     sizes: list[Sizes]
+    memo: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -57,9 +59,12 @@ class Site:
         interior: nodes whose work the fused op takes over; none of their large values may be needed elsewhere.
         params: whatever `replace` needs beside the leaves.
         roundings: casts to a narrower float inside `interior` that the fused op does not perform.
+        shared: nodes of `interior` that others may need as well: the graph goes on computing them.
         summary: shapes and constants in words, for the report.
         saved_bytes: memory traffic saved per call, estimated at the size hints; None if not estimated.
         saved_launches: kernel launches saved per call, estimated; None if not estimated.
+        rewrite: changes the graph itself, in place of the fusion's `replace`, where writes to memory have to be put
+            in order. It has to leave the graph as it was if it raises, and is not checked by `verify`.
     """
 
     anchor: Node
@@ -72,6 +77,8 @@ class Site:
     saved_bytes: int | None = None
     saved_launches: int | None = None
     also: tuple[Node, ...] = ()
+    shared: frozenset[Node] = frozenset()
+    rewrite: Callable[[], None] | None = None
 
     @property
     def outputs(self) -> tuple[Node, ...]:

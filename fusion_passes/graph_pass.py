@@ -23,7 +23,7 @@ from fusion_passes.fusion import Context, Fusion, NearMiss, Refusal, Site
 from fusion_passes.records import Outcome, Record
 from fusion_passes.reports import Report
 from fusion_passes.settings import LAUNCH_META, Settings
-from fusion_passes.sizes import Unsupported, assignments
+from fusion_passes.sizes import Sizes, Unsupported, assignments
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ class FusionPass(CustomGraphPass):
 
     def _run(self, graph: Graph) -> None:
         found = _calls(graph) if self.fusions else []
+        sizes: list[Sizes] = []  # what the graph's symbols may be stays the same whatever is fused
         for fusion in self.fusions:
             candidates = (n for t in fusion.anchors for n in graph.find_nodes(op="call_function", target=t))
             anchors = [n for n in candidates if fusion.wants(n)]
@@ -79,7 +80,7 @@ class FusionPass(CustomGraphPass):
                 name, module = f"fusion_passes.{fusion.name}", graph.owning_module
                 assert module is not None
                 observer = GraphTransformObserver(module, name, "post_grad_passes")
-                observer.apply_graph_pass(functools.partial(self._apply, fusion, anchors, found))
+                observer.apply_graph_pass(functools.partial(self._apply, fusion, anchors, sizes, found))
         if any(record.outcome == "fused" for record in found):
             graph.lint()
         if found:
@@ -87,9 +88,11 @@ class FusionPass(CustomGraphPass):
         if not self.as_if_cuda:
             self._conclude(graph, found)
 
-    def _apply(self, fusion: Fusion, anchors: list[Node], found: list[Record], graph: Graph) -> None:
+    def _apply(
+        self, fusion: Fusion, anchors: list[Node], sizes: list[Sizes], found: list[Record], graph: Graph
+    ) -> None:
         with unset_fake_temporarily():
-            context = Context(graph, self.settings, [])
+            context = Context(graph, self.settings, sizes)
             alive = set(graph.nodes)
             for anchor in anchors:
                 if anchor not in alive:
@@ -98,13 +101,15 @@ class FusionPass(CustomGraphPass):
                 if reason is not None:
                     found.append(_record(fusion, "near_miss", reason, anchor))
                     continue
-                context.sizes = context.sizes or assignments(graph)
+                if not sizes:
+                    sizes.extend(assignments(graph))
                 record = self._attempt(fusion, anchor, context)
                 if record is not None:
                     found.append(record)
                 if record is not None and record.outcome == "fused":
                     graph.eliminate_dead_code()
                     alive = set(graph.nodes)
+                    context.memo.clear()
 
     def _device_reason(self, anchor: Node) -> str | None:
         value = anchor.meta.get("val")
@@ -125,9 +130,12 @@ class FusionPass(CustomGraphPass):
                 reason = fusion.profit(site, context)
             if reason is not None:
                 return _record(fusion, "refused", reason, anchor)
-            build = functools.partial(self._build, fusion, site, context)
-            leaves, meta = site.leaves.values(), {LAUNCH_META: self.settings.launch}
-            rewrite.replace(context.graph, site.outputs, leaves, build, context.sizes, meta)
+            if site.rewrite is not None:
+                site.rewrite()
+            else:
+                build = functools.partial(self._build, fusion, site, context)
+                leaves, meta = site.leaves.values(), {LAUNCH_META: self.settings.launch}
+                rewrite.replace(context.graph, site.outputs, leaves, build, context.sizes, meta)
         except NearMiss as miss:
             return _record(fusion, "near_miss", str(miss), anchor)
         except Unsupported as unsupported:

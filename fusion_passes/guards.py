@@ -52,14 +52,14 @@ def roundings(site: Site) -> Reason:
 
 
 def escapes(site: Site, context: Context) -> Reason:
-    """No large intermediate of the site is needed by anything else.
+    """No large intermediate of the site is needed by anything else, but for those that it shares.
 
     Small ones (an eighth of the smallest result or less, such as a per-head factor) are simply computed again.
     """
     sizes = context.sizes[0]
     large = min(map(sizes.numel, site.outputs)) // 8
     consumed = site.interior | {site.anchor, *site.outputs}
-    for node in sorted(site.interior - {*site.outputs}):
+    for node in sorted(site.interior - {*site.outputs} - site.shared):
         if not isinstance(node.meta.get("val"), torch.Tensor) or sizes.numel(node) <= large:
             continue
         if any(cone.carries(node, leaf) for leaf in site.leaves.values()):

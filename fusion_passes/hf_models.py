@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["NAMES", "build"]
+__all__ = ["LINEAR_ATTENTION", "NAMES", "build"]
 
 VOCAB = 512
 # Packages whose kernels transformers binds while a model's module is imported.
@@ -43,6 +43,7 @@ class Recipe:
     mixes_layers: bool = True
     dense_mlp: str = ""  # the config's own way to say "no experts"
     rate_range: tuple[float, float] = (1.0, 16.0)  # exp(A_log)
+    attention: str = "sdpa"
 
 
 _MLA_TINY = {
@@ -55,7 +56,16 @@ _MLA_TINY = {
 _KDA_TINY = {"linear_num_heads": 2}
 _GQA_TINY = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
 _GDN_TINY = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
-_GLM_TINY = {**_MLA_TINY, **_KDA_TINY, "q_lora_rank": 128, "index_topk": 64, "index_n_heads": 8}
+_INDEXER_TINY = {**_MLA_TINY, "q_lora_rank": 128, "index_topk": 64, "index_n_heads": 8}
+_GLM_TINY = {**_INDEXER_TINY, **_KDA_TINY}
+
+
+def _indexed(module: str, prefix: str, attention: str = "sdpa") -> Recipe:
+    """A model with sparse attention, whose indexer every layer has."""
+    return Recipe(
+        module, f"{prefix}Config", f"{prefix}Model", _INDEXER_TINY,
+        mixes_layers=False, dense_mlp="mlp_layer_types", attention=attention,
+    )  # fmt: skip
 
 
 def _glm(lower_bound: float | None, rate_range: tuple[float, float]) -> Recipe:
@@ -86,8 +96,13 @@ _RECIPES = {
         "deepseek_v3", "DeepseekV3Config", "DeepseekV3Model", {**_MLA_TINY, "q_lora_rank": 128},
         mixes_layers=False, dense_mlp="first_k_dense_replace",
     ),
+    "deepseek_v32": _indexed("deepseek_v32", "DeepseekV32"),
+    "glm_moe_dsa": _indexed("glm_moe_dsa", "GlmMoeDsa"),
+    "hy_v4": _indexed("hy_v4", "HYV4", attention="eager"),  # it has no other
 }
 NAMES = tuple(_RECIPES)
+# Those whose layers, but for the last, have a gated delta rule.
+LINEAR_ATTENTION = tuple(name for name, recipe in _RECIPES.items() if recipe.mixes_layers)
 
 
 @contextlib.contextmanager
@@ -168,8 +183,9 @@ def build(
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
     """A model in eval mode without gradients, and keyword arguments for one forward.
 
-    `layers >= 2`: all but the last use linear attention, the last one full attention; `deepseek_v3` has no linear
-    layers and takes `layers >= 1`. `inputs["input_ids"]` is int64 [batch, seq]. The caller's random state is kept.
+    Of those in `LINEAR_ATTENTION`, with `layers >= 2`, all layers but the last use linear attention and the last one
+    full attention; the others take `layers >= 1`. `inputs["input_ids"]` is int64 [batch, seq]. The caller's random
+    state is kept.
     Raises `ValueError` for unknown names and sizes, `ImportError` without transformers 5.17 or newer.
     """
     if name not in _RECIPES:
@@ -185,7 +201,7 @@ def build(
     device = torch.device(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
-        model = getattr(modeling, recipe.model)._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = getattr(modeling, recipe.model)._from_config(config, dtype=dtype, attn_implementation=recipe.attention)
         _initialise_decay(model, recipe)
         ids = torch.randint(3, VOCAB, (batch, seq))
     return model.eval().requires_grad_(False), {"input_ids": ids, "use_cache": False}

@@ -40,18 +40,27 @@ def refine(maps: Sequence[AxisMap], root: Node, sizes: Sizes) -> dict[int, list[
     Raises:
         Refusal: two leaves cut an axis at places that do not divide one another.
     """
+    static = [isinstance(length, int) for length in root.meta["val"].shape]
+    return refine_shape(maps, sizes.shape(root), static)
+
+
+def refine_shape(maps: Sequence[AxisMap], shape: Sequence[int], static: Sequence[bool]) -> dict[int, list[Piece]]:
+    """`refine` for axes that need not be those of a node; `static` tells which lengths never change.
+
+    Raises:
+        Refusal: as for `refine`.
+    """
     pieces: dict[int, list[Piece]] = {}
-    for axis, length in enumerate(sizes.shape(root)):
+    for axis, length in enumerate(shape):
         cuts = {1, length} | {a.root_stride for m in maps for a in m.atoms if a.root_axis == axis}
         cuts |= {a.root_stride * a.size for m in maps for a in m.atoms if a.root_axis == axis}
         ordered = sorted(cuts)
         for small, large in zip(ordered, ordered[1:]):
             if large % small:
                 raise Refusal(f"its operands divide an axis of size {length} at {small} and at {large}")
-        static = isinstance(root.meta["val"].shape[axis], int)
-        if not static and len(ordered) > 2:
+        if not static[axis] and len(ordered) > 2:
             raise Refusal("an axis of symbolic size is divided")
-        inner_first = [Piece(axis, small, large // small, static) for small, large in zip(ordered, ordered[1:])]
+        inner_first = [Piece(axis, small, large // small, static[axis]) for small, large in zip(ordered, ordered[1:])]
         pieces[axis] = inner_first[::-1]
     return pieces
 

@@ -281,6 +281,8 @@ def inline(op: torch._ops.OpOverload, plan: Plan) -> None:
         device = next(arg for arg in args if isinstance(arg, ir.TensorBox)).get_device()
         if device is None or device.type != "cuda" or not inlining_enabled():
             return fallback(*args)
+        if op._schema.is_mutable:
+            _check_in_place(op, args)
         target = Target(architectures.of_device(device), _hint, inlined=True)
         try:
             _refuse_symbolic(args)
@@ -303,6 +305,16 @@ def _refuse_symbolic(args: Sequence[Any]) -> None:
     for arg in args:
         if isinstance(arg, ir.TensorBox) and any(static(size) == 0 for size in arg.get_size()):
             raise NotInlinable("one of its tensors is empty")
+
+
+def _check_in_place(op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
+    """Inductor copies a view that strides cannot describe, and a kernel would then write into the copy."""
+    for argument, value in zip(op._schema.arguments, args):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            memory = value.data.unwrap_view() if isinstance(value.data, ir.BaseView) else value.data
+            memory.realize()
+            if ir.ExternKernel.realize_input(value).get_name() != memory.get_name():
+                raise RuntimeError(f"{op} would write into a copy of its argument {argument.name}")
 
 
 def _hint(size: Size) -> int:

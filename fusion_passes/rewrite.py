@@ -89,7 +89,9 @@ def call(graph: Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) ->
     """A new call node at the insertion point, with the metadata that its fake evaluation gives."""
     node = graph.call_function(target, args, kwargs)
     value = tree_map(lambda a: a.meta["val"] if isinstance(a, Node) else a, (args, kwargs))
-    mode = detect_fake_mode([a for a in torch.utils._pytree.tree_leaves(value) if isinstance(a, torch.Tensor)])
+    tensors = [a for a in torch.utils._pytree.tree_leaves(value) if isinstance(a, torch.Tensor)]
+    # Without a tensor among the arguments, as for `empty`, the mode is that of the graph.
+    mode = detect_fake_mode(tensors or [n.meta["val"] for n in graph.nodes if "val" in n.meta])
     with mode if mode is not None else contextlib.nullcontext():
         node.meta["val"] = target(*value[0], **value[1])
     return node

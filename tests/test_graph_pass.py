@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 import fusion_passes
-from fusion_passes import registry
+from fusion_passes import graph_pass, registry
 from fusion_passes.fusion import Fusion
 from tests import gates
 
@@ -69,6 +70,17 @@ def test_a_failing_stage_never_breaks_the_compile(stage: str, caplog: pytest.Log
 def test_strict_raises(stage: str) -> None:
     with planted(**{stage: broken}), pytest.raises(Exception, match="planted"):
         compiled({"fusion_passes.strict": True})(*gates.inputs())
+
+
+def test_sizes_of_a_graph_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many fusions look at it: with many guards it takes seconds."""
+    counted = mock.Mock(wraps=graph_pass.assignments)
+    monkeypatch.setattr(graph_pass, "assignments", counted)
+    again = dataclasses.replace(registry.known()["gate_cumsum"], name="again", match=broken)
+    monkeypatch.setitem(registry._fusions, "again", again)
+    compiled()(*gates.inputs())
+    assert {record.fusion for record in fusion_passes.report().records} >= {"gate_cumsum", "again"}
+    assert counted.call_count == 1
 
 
 def test_a_failed_rewrite_leaves_the_graph_as_it_was() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from fusion_passes import hf_models
 
-GATED = [name for name in hf_models.NAMES if name != "deepseek_v3"]
+GATED = hf_models.LINEAR_ATTENTION
 
 
 @pytest.mark.parametrize("name", hf_models.NAMES)

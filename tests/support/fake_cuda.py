@@ -199,6 +199,9 @@ def wrapper_code(
         inputs = [on_cpu(i, value) for i, value in enumerate(args)]
         with mode:
             graph = make_fx(function)(*inputs)
+            for node in graph.graph.nodes:
+                if "device" in node.kwargs:  # tensors that the function makes
+                    node.update_kwarg("device", torch.device("cuda", 0))
             fakes = [on_cuda(value) for value in inputs]
         tracing = torch._guards.TracingContext(mode)
         settings = {"force_disable_caches": True, "compile_threads": 1, **(options or {})}

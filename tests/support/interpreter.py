@@ -1,7 +1,7 @@
 """Makes Triton's interpreter round as a GPU does.
 
 It truncates float32 to bfloat16, drops the carry of float8 roundings and does not saturate them, and multiplies the bit
-patterns of bfloat16. Casts go through PyTorch here, and bfloat16 products through float32.
+patterns of bfloat16 and float8. Casts go through PyTorch here, and such products through float32.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def correct_rounding() -> None:
         return convert(data, _FLOATS[source], _FLOATS[target]).reshape(data.shape)
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        wide = [self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)]
+        narrow = (tl.bfloat16, tl.float8e4nv, tl.float8e5)
+        wide = [self.create_fp_to_fp(x, tl.float32, None) if x.dtype.scalar in narrow else x for x in (a, b)]
         return stock_dot(self, *wide, *rest)
 
     stock_mul = builder.create_fmul

@@ -22,6 +22,7 @@ _POINTERS = {
     torch.int64: "*i64",
     torch.float8_e4m3fn: "*fp8e4nv",
     torch.float8_e5m2: "*fp8e5",
+    torch.bool: "*i1",
 }
 
 
