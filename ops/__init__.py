@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
-from fusion_passes.ops import chunk_delta_rule, gate_cumsum, mla_kv_pack, qkv_split
+from fusion_passes.ops import (
+    chunk_delta_rule,
+    gate_cumsum,
+    head_gate,
+    mla_kv_pack,
+    qkv_split,
+)
 
-__all__ = ["chunk_delta_rule", "gate_cumsum", "mla_kv_pack", "qkv_split"]
+__all__ = [
+    "chunk_delta_rule",
+    "gate_cumsum",
+    "head_gate",
+    "mla_kv_pack",
+    "qkv_split",
+]
