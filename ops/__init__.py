@@ -6,6 +6,7 @@ from fusion_passes.ops import (
     chunk_delta_rule,
     gate_cumsum,
     head_gate,
+    index_score,
     mla_kv_pack,
     qkv_split,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "chunk_delta_rule",
     "gate_cumsum",
     "head_gate",
+    "index_score",
     "mla_kv_pack",
     "qkv_split",
 ]

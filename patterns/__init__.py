@@ -5,6 +5,7 @@ from __future__ import annotations
 from fusion_passes.patterns.chunk_delta_rule import FUSION as CHUNK_DELTA_RULE
 from fusion_passes.patterns.gate_cumsum import FUSION as GATE_CUMSUM
 from fusion_passes.patterns.head_gate import FUSION as HEAD_GATE
+from fusion_passes.patterns.index_score import FUSION as INDEX_SCORE
 from fusion_passes.patterns.mla_kv_pack import FUSION as MLA_KV_PACK
 from fusion_passes.patterns.qkv_split import FUSION as QKV_SPLIT
 
@@ -13,6 +14,7 @@ FUSIONS = (
     CHUNK_DELTA_RULE,
     GATE_CUMSUM,
     HEAD_GATE,
+    INDEX_SCORE,
     MLA_KV_PACK,
     QKV_SPLIT,
 )

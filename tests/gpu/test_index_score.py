@@ -1,0 +1,188 @@
+"""`index_score` on a GPU: error against float64, masks, sizes, strides, CUDA graphs, compiled spellings.
+
+    PYTHONPATH=. python -m pytest tests/gpu/test_index_score.py -q
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import fusion_passes
+from fusion_passes import tuning
+from fusion_passes.ops._index_score_cases import FLOAT8_BOUND
+from fusion_passes.ops.index_score import OP, cases, index_score
+from fusion_passes.testing import assert_same
+from tests.patterns.index_score_spellings import SPELLINGS
+from tests.patterns.test_index_score import ROUNDED
+from tests.support.index_score import (
+    E4,
+    Arguments,
+    draw,
+    expected,
+    expected_in_chunks,
+    hidden,
+    in_batch_order,
+    launch,
+    relative_error,
+)
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+KINDS = ("none", "keep", "drop", "add", "causal")
+# bfloat16 and float16 are exact but for the sum, TF32 drops 13 bits.
+BOUND = {BF16: 1e-6, F16: 1e-6, F32: 1e-6, E4: FLOAT8_BOUND}
+SIZES = [(1, 8192), (5, 300), (16, 1000), (64, 2048), (130, 1027)]
+
+
+def check(args: Arguments, forced: str = "", inlined: bool = False, bound: float | None = None) -> None:
+    with tuning.overriding(**({"index_score": forced} if forced else {})):
+        found = launch(args, inlined=inlined)
+    rounding = {BF16: 4e-3, F16: 5e-4}.get(args.dtype, 0.0)
+    error = relative_error(found, expected(args))
+    assert error <= (BOUND[args.q.dtype] if bound is None else bound) + rounding, error
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [BF16, F16, F32, E4])
+@pytest.mark.parametrize("queries, keys", SIZES)
+def test_dtypes_and_masks(kind: str, dtype: torch.dtype, queries: int, keys: int) -> None:
+    mask = hidden(kind, 1, queries, keys, device="cuda")
+    args = draw(1, queries, keys, 64, 128, dtype=dtype, device="cuda", scales="k" if dtype == E4 else "", **mask)
+    check(args)
+    check(args, inlined=True)
+
+
+@pytest.mark.parametrize("heads, width", [(8, 64), (12, 64), (16, 128), (24, 96), (32, 128), (128, 128), (64, 256)])
+@pytest.mark.parametrize("kind", ["none", "keep"])
+def test_shapes(heads: int, width: int, kind: str) -> None:
+    for batch, queries, keys in ((3, 37, 500), (2, 4, 129)):
+        mask = hidden(kind, batch, queries, keys, device="cuda")
+        check(draw(batch, queries, keys, heads, width, device="cuda", **mask))
+        check(draw(batch, queries, keys, heads, width, device="cuda", dtype=F32, **mask), inlined=True)
+
+
+@pytest.mark.parametrize("precision, bound", [("ieee", 1e-6), ("tf32x3", 1e-6), ("tf32", 2e-3)])
+def test_precision_of_float32(precision: str, bound: float) -> None:
+    check(draw(1, 40, 300, 64, 128, dtype=F32, device="cuda", precision=precision), bound=bound)
+
+
+@pytest.mark.parametrize("scales", ["q", "k", "qk"])
+@pytest.mark.parametrize("scale_after", [False, True])
+def test_scales_of_either_sign(scales: str, scale_after: bool) -> None:
+    for dtype in (E4, BF16):
+        check(draw(2, 20, 300, 64, 128, dtype=dtype, device="cuda", scales=scales, scale_after=scale_after))
+
+
+@pytest.mark.parametrize("layout", ["bst", "sbt", "bts", "tbs"])
+def test_layouts_and_result_dtypes(layout: str) -> None:
+    for dtype in (F32, BF16):
+        check(draw(2, 33, 200, 16, 64, device="cuda", layout=layout, out=dtype))
+
+
+def test_strides() -> None:
+    base = draw(2, 50, 260, 16, 64, device="cuda", **hidden("keep", 2, 50, 260, device="cuda"))
+    assert base.mask is not None
+    changed: list[dict[str, Any]] = [
+        {"q": torch.nn.functional.pad(base.q, (8, 8))[..., 8:72]},
+        {"q": base.q.transpose(1, 2).contiguous().transpose(1, 2)},
+        {"q": torch.nn.functional.pad(base.q, (3, 2))[..., 3:67]},
+        {"k": base.k.transpose(0, 1).contiguous().transpose(0, 1)},
+        {"k": base.k[:1].expand(2, -1, -1)},
+        {"w": base.w.permute(2, 0, 1).contiguous().permute(1, 2, 0)},
+        {"mask": base.mask.mT.contiguous().mT},
+        {"mask": base.mask[:1, :1].expand(2, 50, 260)},
+    ]
+    for change in changed:
+        for inlined in (False, True):
+            check(dataclasses.replace(base, **change), inlined=inlined)
+
+
+@pytest.mark.parametrize("keep_nan", [True, False])
+def test_nan_and_infinity(keep_nan: bool) -> None:
+    args = draw(1, 40, 300, 64, 128, device="cuda", keep_nan=keep_nan)
+    args.q[0, 1, 2, 3] = args.k[0, 4, 5] = math.nan
+    args.w[0, 3, 1] = math.inf
+    check(args)
+    masked = draw(1, 40, 300, 64, 128, device="cuda", keep_nan=keep_nan, **hidden("keep", 1, 40, 300, device="cuda"))
+    assert masked.mask is not None
+    masked.k[0, 33] = math.nan
+    masked.mask[:, :, 33] = False
+    check(masked)
+
+
+def test_rows_and_blocks_that_see_nothing() -> None:
+    for mask in (torch.zeros(1, 64, 2048, dtype=torch.bool), torch.full((1, 64, 2048), -math.inf)):
+        kind = "keep" if mask.dtype == torch.bool else "add"
+        check(draw(1, 64, 2048, 64, 128, device="cuda", mask_kind=kind, mask=mask.cuda()))
+    for offset in (-100, -63, -1, 0, 1000, 5000):
+        check(draw(1, 64, 2048, 64, 128, device="cuda", mask_kind="causal", causal_offset=offset))
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """270,000 queries of 64 heads of 128 channels, and scores of 270,000 queries for 8,200 keys."""
+    queries, keys = 270_000, 8_200
+    q = torch.empty(1, queries, 64, 128, dtype=BF16, device="cuda").normal_()
+    assert q.numel() > 2**31 and queries * keys > 2**31
+    k = torch.randn(1, keys, 128, dtype=BF16, device="cuda")
+    w = torch.randn(1, queries, 64, device="cuda")
+    out = index_score(q, k, w, scale=0.3)
+    for start in (0, 135_000, queries - 50):
+        rows = slice(start, start + 50)
+        assert relative_error(out[:, rows], expected(Arguments(q[:, rows], k, w[:, rows]))) < 1e-6
+
+
+def test_the_same_bits_from_run_to_run() -> None:
+    args = draw(1, 64, 8192, 64, 128, device="cuda", mask_kind="causal", causal_offset=8128).positional()
+    first = OP(*args)
+    assert all(torch.equal(OP(*args), first) for _ in range(50))
+
+
+@pytest.mark.parametrize("queries", [1, 64])
+def test_cuda_graphs(queries: int) -> None:
+    args = draw(1, queries, 2048, 64, 128, device="cuda")
+    OP(*args.positional())
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = OP(*args.positional())
+    for seed in range(3):
+        args.q.copy_(draw(1, queries, 2048, 64, 128, device="cuda", seed=seed).q)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert relative_error(out, expected(args)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["none", "add"])
+def test_opcheck(kind: str) -> None:
+    args = draw(2, 30, 200, 16, 64, device="cuda", **hidden(kind, 2, 30, 200, device="cuda"))
+    assert set(torch.library.opcheck(OP, args.positional()).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings_compile_to_one_launch(name: str) -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    entry = SPELLINGS[name]
+    torch._dynamo.reset()
+    inputs = [t.cuda() for t in entry.inputs()]
+    with torch.no_grad(), torch.device("cuda"), fusion_passes.config.patch(strict=True, fusions="index_score"):
+        compiled = torch.compile(entry.function, backend="fusion_passes", fullgraph=True)
+        out, (code,) = run_and_get_code(compiled, *inputs)
+        wanted = entry.function(*inputs)
+    assert code[code.index("def call(") :].count("index_score_kernel") == 1
+    tolerance = max(ROUNDED.get(name, 1e-4), FLOAT8_BOUND if any(t.dtype == E4 for t in inputs) else 0.0)
+    assert_same(out, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("case", [c for c in cases() if c.bytes < 300 << 20], ids=lambda c: c.name)
+def test_benchmark_cases(case: Any) -> None:
+    args = case.make(torch.device("cuda"), torch.Generator("cuda").manual_seed(1))
+    form = Arguments(*args)
+    error = relative_error(in_batch_order(case.op(*args), form.layout), expected_in_chunks(form))
+    assert error <= (FLOAT8_BOUND if form.q.dtype == E4 else 1e-6)
