@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fusion_passes.ops import (
     chunk_delta_rule,
+    delta_rule_intra,
     gate_cumsum,
     head_gate,
     index_score,
@@ -13,6 +14,7 @@ from fusion_passes.ops import (
 
 __all__ = [
     "chunk_delta_rule",
+    "delta_rule_intra",
     "gate_cumsum",
     "head_gate",
     "index_score",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fusion_passes.patterns.chunk_delta_rule import FUSION as CHUNK_DELTA_RULE
+from fusion_passes.patterns.delta_rule_intra import FUSION as DELTA_RULE_INTRA
 from fusion_passes.patterns.gate_cumsum import FUSION as GATE_CUMSUM
 from fusion_passes.patterns.head_gate import FUSION as HEAD_GATE
 from fusion_passes.patterns.index_score import FUSION as INDEX_SCORE
@@ -12,6 +13,7 @@ from fusion_passes.patterns.qkv_split import FUSION as QKV_SPLIT
 # Copies come last: a larger fusion may read its operands through strides.
 FUSIONS = (
     CHUNK_DELTA_RULE,
+    DELTA_RULE_INTRA,
     GATE_CUMSUM,
     HEAD_GATE,
     INDEX_SCORE,

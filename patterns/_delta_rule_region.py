@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -201,7 +201,7 @@ def _checked(leaves: list[Leaf], foreign: list[Node], nodes: list[Node], assembl
         depends[state] = _STATE
         reached = _below(nodes, state)
         kept = [n for n in nodes if depends[n] != _STATE or n in reached]
-    roundings = _check_arithmetic([n for n in kept if n is not state], depends, assembly)
+    roundings = check_arithmetic([n for n in kept if n is not state], depends, assembly.pieces)
     return Region(leaves, state, [n for n in kept if n is not state], depends, roundings)
 
 
@@ -258,8 +258,8 @@ def _below(nodes: Sequence[Node], state: Node) -> set[Node]:
     return found - {state}
 
 
-def _check_arithmetic(nodes: Sequence[Node], depends: dict[Node, int], assembly: Assembly) -> list[Node]:
-    """Only analytic arithmetic in float32; the roundings on the way that Inductor drops.
+def check_arithmetic(nodes: Sequence[Node], depends: Mapping[Node, int], results: Collection[Node]) -> list[Node]:
+    """Only analytic arithmetic in float32; the roundings on the way that Inductor drops, those of `results` excepted.
 
     Raises:
         NearMiss: anything else.
@@ -283,7 +283,7 @@ def _check_arithmetic(nodes: Sequence[Node], depends: dict[Node, int], assembly:
                     f"{narrow[0].name} is rounded to {_name(narrow[0].meta['val'].dtype)} around a sum or matrix "
                     "product; the kernel keeps it in float32"
                 )
-        elif dtype.itemsize < 4 and node not in assembly.pieces and node.target not in _MOVERS - semantics.CASTS:
+        elif dtype.itemsize < 4 and node not in results and node.target not in _MOVERS - semantics.CASTS:
             roundings.append(node)
     return roundings
 
@@ -293,7 +293,7 @@ def _moves(node: Node) -> bool:
     return node.target in _MOVERS or node.target is operator.getitem
 
 
-def _check_target(node: Node, depends: dict[Node, int]) -> None:
+def _check_target(node: Node, depends: Mapping[Node, int]) -> None:
     if node.target in semantics.SELECTIONS:
         mask = node.args[semantics.SELECTIONS[node.target][0]]
         if isinstance(mask, Node) and depends.get(mask):

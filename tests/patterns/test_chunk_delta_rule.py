@@ -242,10 +242,13 @@ def test_compiled_code_calls_the_op() -> None:
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_lookalikes_are_left_alone(name: str) -> None:
-    _, found = passed(changed(name), *inputs())
-    reasons = [record.reason for record in found if record.fusion == NAME]
-    assert not [record for record in found if record.outcome == "fused"]
-    assert any(CHANGES[name][1] in reason for reason in reasons), reasons
+    args = inputs()
+    module, found = passed(changed(name), *args)
+    ours = [record for record in found if record.fusion == NAME]
+    assert not [record for record in ours if record.outcome == "fused"]
+    assert any(CHANGES[name][1] in record.reason for record in ours), ours
+    # the part within the chunks may still be that of a delta rule
+    assert_same(module(*args), changed(name)(*args), 1e-5, 1e-2 if "bfloat16" in name else 1e-5)
 
 
 def test_the_unchanged_loop_is_found() -> None:
