@@ -10,6 +10,7 @@ from fusion_passes.ops import (
     index_score,
     mla_kv_pack,
     qkv_split,
+    rotate_pairs,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "index_score",
     "mla_kv_pack",
     "qkv_split",
+    "rotate_pairs",
 ]

@@ -9,6 +9,7 @@ from fusion_passes.patterns.head_gate import FUSION as HEAD_GATE
 from fusion_passes.patterns.index_score import FUSION as INDEX_SCORE
 from fusion_passes.patterns.mla_kv_pack import FUSION as MLA_KV_PACK
 from fusion_passes.patterns.qkv_split import FUSION as QKV_SPLIT
+from fusion_passes.patterns.redundant_copy import FUSION as REDUNDANT_COPY
 
 # Copies come last: a larger fusion may read its operands through strides.
 FUSIONS = (
@@ -19,4 +20,5 @@ FUSIONS = (
     INDEX_SCORE,
     MLA_KV_PACK,
     QKV_SPLIT,
+    REDUNDANT_COPY,
 )
