@@ -1,7 +1,7 @@
 """Fused kernels for any compiled model: `torch.compile(model, backend="fusion_passes")`.
 
-Public names: `options`, `enabled` (doors), `config` (settings), `explain`, `report`, `Report` (what was and was
-not fused), `ExpectationError`, `Fusion`, `register` (extension).
+Public names: `options`, `enabled`, `apply` (doors), `config` (settings), `explain`, `report`, `Report` (what was and
+was not fused), `ExpectationError`, `Fusion`, `register` (extension).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fusion_passes import config  # noqa: E402
 from fusion_passes.backend import enabled, install, options  # noqa: E402
 from fusion_passes.expectation import ExpectationError  # noqa: E402
 from fusion_passes.explanation import explain  # noqa: E402
+from fusion_passes.exported import apply  # noqa: E402
 from fusion_passes.fusion import Fusion  # noqa: E402
 from fusion_passes.registry import register  # noqa: E402
 from fusion_passes.reports import Report, report  # noqa: E402
@@ -30,4 +31,15 @@ from fusion_passes.reports import Report, report  # noqa: E402
 if config.enabled:
     install()
 
-__all__ = ["ExpectationError", "Fusion", "Report", "config", "enabled", "explain", "options", "register", "report"]
+__all__ = [
+    "ExpectationError",
+    "Fusion",
+    "Report",
+    "apply",
+    "config",
+    "enabled",
+    "explain",
+    "options",
+    "register",
+    "report",
+]
