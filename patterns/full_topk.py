@@ -97,8 +97,10 @@ def _check(scatter: Node, anchor: Node, steps: list[Node]) -> None:
     if scatter.target is not aten.scatter.value:
         raise NearMiss(f"its indices go to {name}, for which their order matters")
     base, axis, index, number = scatter.args
-    if not isinstance(base, Node) or index not in steps or not isinstance(axis, int) or isinstance(number, Node):
+    in_place = isinstance(base, Node) and isinstance(index, Node) and index in steps and isinstance(axis, int)
+    if not in_place or isinstance(number, Node):
         raise NearMiss(f"its indices go to {name} in another place than that of its indices")
+    assert isinstance(base, Node) and isinstance(index, Node) and isinstance(axis, int)
     shape, covered = base.meta["val"].shape, index.meta["val"].shape
     if axis % max(len(shape), 1) != _axis(anchor):
         raise NearMiss(f"{name} writes along another axis than that of the selection")
