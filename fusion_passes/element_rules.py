@@ -90,11 +90,20 @@ def filled(chosen: Tensor, index: Tensor, node: Node, pieces: Sequence[Callable[
 def _pointwise(node: Node, index: Tensor, ev: Evaluator) -> Computation:
     values = yield from apply(semantics.POINTWISE[node.target], node, node, index, ev)
     dtype = node.meta["val"].dtype
-    if not dtype.is_floating_point or dtype.itemsize > 4:
+    if not dtype.is_floating_point:
+        return wrapped(values, dtype)
+    if dtype.itemsize > 4:
         return values
     if dtype.itemsize < 4:
         ev.note_rounding(node)
     return float32_range(values)
+
+
+def wrapped(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Integers as a narrower integer type holds them; others as they are."""
+    if dtype == torch.bool or values.dtype != torch.int64:
+        return values
+    return values.to(dtype).to(torch.int64)
 
 
 def float32_range(values: Tensor) -> Tensor:
@@ -182,7 +191,8 @@ def _fill(node: Node, index: Tensor, ev: Evaluator) -> Computation:
 def _ramp(node: Node, index: Tensor, ev: Evaluator) -> Computation:
     yield from ()  # asks for nothing
     call = semantics.arguments(node)
-    return ev.sizes.of(call.get("start", 0)) + ev.sizes.of(call.get("step", 1)) * index
+    values = ev.sizes.of(call.get("start", 0)) + ev.sizes.of(call.get("step", 1)) * index
+    return wrapped(values, node.meta["val"].dtype)
 
 
 def _slice_scatter(node: Node, index: Tensor, ev: Evaluator) -> Computation:

@@ -3,7 +3,8 @@
 Only what the asked elements depend on is computed, and each element of each node once, so the cost follows the
 number of samples and not the size of the tensors. Inputs are functions of the element's row-major index, for example
 `hashed` random numbers. Two nodes that agree at random elements, on random inputs, compute the same function with
-overwhelming probability, however differently they are written.
+overwhelming probability, however differently they are written, provided that neither treats some elements or values
+otherwise than the rest: `probe` says what establishes that.
 """
 
 from __future__ import annotations
@@ -70,6 +71,10 @@ class Evaluator:
         """Raise if a single step of the computation of `node` asks for more elements than the budget."""
         if count > self.budget:
             raise Unsupported(f"{node.name} ({node.target}) needs more than {self.budget} elements")
+
+    def has_read(self, node: Node) -> bool:
+        """Has any element of `node` been asked for?"""
+        return node in self._memo
 
     def note_rounding(self, node: Node) -> None:
         """Remember that `node` narrows a float type."""

@@ -1,20 +1,31 @@
 """The meaning check: evaluate a subgraph at random places and compare it with what a kernel computes.
 
 What agreement establishes. Leaves are filled with values drawn by coordinate, every leaf with a seed of its own, so
-that a value tells which element of which leaf was read. A subgraph and a formula that agree at some hundreds of
-random places, on two independent sets of draws and under every admissible assignment of sizes, read the same
-elements and combine them in the same way. All arithmetic is float64, so that a disagreement of 1e-9 already
-counts; float32 kernels round a hundred times more coarsely.
+that a value tells which element of which leaf was read: draws are independent, even of leaves that share memory or of
+one tensor that is read as two operands. A subgraph and a formula that agree at some hundreds of random places, on two
+sets of draws and under every admissible assignment of sizes, read the same elements there and combine these values in
+the same way. All arithmetic is float64, so that a disagreement of 1e-9 already counts; float32 kernels round a hundred
+times more coarsely.
 
 What it does not establish, and what closes the gap:
-- Branches that no draw enters. Draws mix a wide uniform range with special values (zero, large of either sign,
-  infinities, NaN); a formula with thresholds is tried with the very constants that the subgraph compares with.
-- Places that no sample visits. Axes are therefore not sampled but walked from end to end (`access.factor_axes`),
-  and padded tails get samples of their own.
-- Rounding. Casts to narrower floats are identities here; they are reported, and `guards.roundings` decides.
-  Casts to integers and to float8 are carried out and show up as disagreement.
+
+- Values that no draw has. A polynomial that agrees on random draws agrees everywhere; a comparison, a bound or a
+  `nan_to_num` may act on other values only. Either the subgraph has none (`premises.check_linear`, and the region of a
+  delta rule, which must be analytic), or it is tried on both sides of every number that it compares with, at zero, at
+  large values of either sign, at infinities and NaN (`gate_cumsum`, the activation of `index_score`), or its steps are
+  read off the graph and drawn beyond their bounds (`mla_kv_pack`).
+- Places that no sample reads. What tells elements apart must be absent: positions, triangles, pads and writes
+  (`premises.check_even`), constants that differ from place to place (`premises.check_constants`), parts that were never
+  evaluated (`premises.check_read`). Where padding belongs to the meaning, axes are walked from end to end
+  (`access.factor_axes`, `_gate_places`, `_copies_rotation`), or whole chunks are evaluated (`_intra_proof`). Masks are
+  leaves: they are read by the kernel, or proved to be a half plane by walking its border.
+- Rounding. Casts to narrower floats are identities here; they are reported, and `guards.roundings` decides. Casts to
+  integers and to float8 are carried out and show up as disagreement, and integers wrap around as their dtype does.
 - Other sizes than those tried. Sizes enter only through views, whose structure must be the same under every
-  assignment.
+  assignment. An axis of size zero is no place to sample: such a subgraph is left alone.
+- Memory. Values know nothing of writes between reads, nor of who else uses an intermediate: that is for `guards`.
+- Cost. Cones are bounded in nodes and evaluators in elements; what exceeds them is a near miss, never a guess. Chains
+  of writes are cut by the pattern or computed in whole blocks (`Evaluator._block`), not element by element.
 """
 
 from __future__ import annotations
@@ -79,7 +90,7 @@ class Places:
 
 
 def choose(root: Node, leaves: Sequence[Node], sizes: Sizes, count: int, seed: int) -> Places:
-    """Up to `count` random places of `root`, an eighth of those tried at the ends of the axes.
+    """Up to `count` random places of `root`, an eighth of them at the ends of the axes.
 
     Three quarters of the places read the first leaf, where padding leaves that many; the others may be padding.
 
@@ -89,8 +100,9 @@ def choose(root: Node, leaves: Sequence[Node], sizes: Sizes, count: int, seed: i
     generator = torch.Generator().manual_seed(seed)
     shape = sizes.shape(root)
     coords = [torch.randint(0, max(n, 1), (8 * count,), generator=generator) for n in shape]
-    for c, n in zip(coords, shape):  # the shortest padding is at the ends
-        c[7 * count :] = torch.randint(2, (count,), generator=generator) * (n - 1)
+    for c, n in zip(coords, shape):
+        for ends in (c[: count // 8], c[7 * count :]):  # of those that read the leaf, and the shortest padding
+            ends.copy_(torch.randint(2, ends.shape, generator=generator) * (n - 1))
     valid = trace_access(root, leaves[0], coords, sizes, stop=leaves).valid
     chosen = torch.cat([torch.nonzero(valid)[: 3 * count // 4], torch.nonzero(~valid)[: count // 4]])[:, 0]
     coords = [c[chosen] for c in coords]
@@ -111,7 +123,9 @@ def solve_scale(values: Tensor, reference: Tensor) -> float | None:
     return float(f"{scale:.12g}") if math.isfinite(scale) and scale != 0 else None
 
 
-def agree(values: Tensor, reference: Tensor, magnitude: Tensor | float = 1.0) -> bool:
+def agree(
+    values: Tensor, reference: Tensor, magnitude: Tensor | float = 1.0, relative: float = RELATIVE
+) -> bool:
     """Are two sets of values the same up to float64 rounding?
 
     NaN agrees with NaN and an infinity with itself. `magnitude` is the size of the terms that cancel in either
@@ -121,5 +135,5 @@ def agree(values: Tensor, reference: Tensor, magnitude: Tensor | float = 1.0) ->
     same = (values == reference) | (values.isnan() & reference.isnan())
     if not bool(same[special].all()):
         return False
-    bound = RELATIVE * reference.abs() + 1e-12 * torch.as_tensor(magnitude, dtype=torch.float64)
+    bound = relative * reference.abs() + 1e-12 * torch.as_tensor(magnitude, dtype=torch.float64)
     return bool(((values - reference).abs() <= bound)[~special].all())

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._inductor import config as inductor_config
 from torch.fx import Graph, Node
 
-from fusion_passes import cone, probe
+from fusion_passes import cone, premises, probe
 from fusion_passes.evaluate import Evaluator, hashed
 from fusion_passes.fusion import NearMiss, Refusal
 from fusion_passes.ops import rotate_pairs as op
@@ -76,10 +76,11 @@ def _find(origin: Node, writes: Sequence[Write], assignments: Sequence[Sizes]) -
         return None
     try:
         cones = [cone.backward(write.source, stop={origin}, limit=MOST_NODES) for write in writes]
+        interior = {node for found in cones for node in found.interior}
+        factors = _factors(origin, interior)
+        _check_premises(origin, interior, factors, assignments)
     except NearMiss:
         return None
-    interior = {node for found in cones for node in found.interior}
-    factors = _factors(origin, interior)
     wide = any(node.meta["val"].dtype == torch.float64 for node in interior if hasattr(node.meta.get("val"), "dtype"))
     if wide or not 1 <= len(factors) <= MOST_FACTORS:
         return None
@@ -94,7 +95,7 @@ def _find(origin: Node, writes: Sequence[Write], assignments: Sequence[Sizes]) -
                 try:
                     if all(_agrees(origin, pairs, cos, sin, inverse, factors, sizes) for sizes in assignments):
                         return Rotation(pairs, cos, sin, inverse, gone)
-                except Unsupported:
+                except (NearMiss, Unsupported):
                     return None
     return None
 
@@ -146,12 +147,23 @@ def _layouts_of_region(region: Window, writes: tuple[Write, ...]) -> list[Pairs]
     return [Pairs(halves, region, False, writes), Pairs(neighbours, region, True, writes)]
 
 
+def _check_premises(
+    origin: Node, interior: set[Node], factors: Sequence[Node], assignments: Sequence[Sizes]
+) -> None:
+    """Every element and every value of `origin` is treated like the others, so that samples speak for all.
+
+    Raises:
+        NearMiss: some may not be.
+    """
+    ours = premises.dependents({origin}, interior)
+    premises.check_linear({origin}, interior)
+    premises.check_even(ours - {origin})
+    premises.check_constants(ours, factors, assignments)
+
+
 def _factors(origin: Node, interior: set[Node]) -> list[Node]:
     """The tensors, independent of `origin`, that something which depends on it is multiplied by."""
-    dependent = {origin}
-    for node in sorted(interior):
-        if any(source in dependent for source in node.all_input_nodes):
-            dependent.add(node)
+    dependent = premises.dependents({origin}, interior)
     found: dict[Node, None] = {}
     for node in sorted(dependent - {origin}):
         if node.target in PRODUCTS:
@@ -225,6 +237,8 @@ def _agrees(
             magnitude = (a * c1).abs() + (b * s1).abs() + (b * c2).abs() + (a * s2).abs()
             if not probe.agree(values, wanted, magnitude):
                 return False
+        for write in pairs.writes:
+            premises.check_read(evaluator, write.source)
     return True
 
 

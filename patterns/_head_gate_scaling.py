@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from fusion_passes import aten as semantics
-from fusion_passes import cone
+from fusion_passes import cone, premises
 from fusion_passes.evaluate import constant, hashed
 from fusion_passes.fusion import Context, NearMiss
 from fusion_passes.patterns._head_gate_product import FLOATS, is_move, side_of, without_views
@@ -103,6 +103,8 @@ def _prove(product: Node, chain: tuple[Node, ...], context: Context) -> Scaling:
     if others:
         raise NearMiss(f"its product ({product.name}) meets {', '.join(others)}, which is no scale of it")
     proofs = {_scale(root, product, q, sizes) for sizes in context.sizes}
+    premises.check_linear({product}, whole.interior)
+    premises.check_constants(premises.dependents({product}, whole.interior), leaves, context.sizes)
     if len(proofs) > 1:
         raise NearMiss("its constant factor depends on a size that is symbolic")
     narrow = [n for n in whole.interior if n is not root and n.meta["val"].dtype.itemsize < 4 and _rounds(n)]

@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from fusion_passes import aten as semantics
-from fusion_passes import cone
+from fusion_passes import cone, premises
 from fusion_passes.access import trace_access
 from fusion_passes.evaluate import Evaluator, constant, hashed
 from fusion_passes.fusion import NearMiss
 from fusion_passes.patterns._index_operands import MOVES, outside, raised
-from fusion_passes.patterns._index_terms import MOST_NODES, dependents
+from fusion_passes.patterns._index_terms import MOST_NODES
+from fusion_passes.premises import dependents
 from fusion_passes.probe import agree, solve_scale
 from fusion_passes.sizes import Sizes, Unsupported
 from fusion_passes.views import concrete_tensors, ravel
@@ -33,8 +34,7 @@ SEEDS = (1, 2)
 # Summands of a mask: those that show, and those that hide.
 SUMMANDS = (0.0, 1.5, -0.7, -1e4, -math.inf, torch.finfo(torch.float32).min)
 
-# Elements of a vector that is looked at whole.
-MOST_UNIFORM = 2**16
+JOINS = frozenset({aten.cat.default, aten.stack.default})
 COMPARISONS = frozenset(
     getattr(getattr(aten, name), kind)
     for name in ("gt", "ge", "lt", "le", "eq", "ne")
@@ -96,6 +96,10 @@ def _finish(base: Node, root: Node, sizes: Sizes) -> Mask:
     if sizes.numel(root) != sizes.numel(base):
         raise NearMiss("not all scores are there")
     nodes = dependents({base}, cone.backward(root, stop={base}, limit=MOST_NODES).interior)
+    premises.check_linear({base}, nodes, choices=True)
+    premises.check_even(nodes - {base})
+    if any(node.target in JOINS for node in nodes - {base}):
+        raise NearMiss("scores are put together from parts")
     leaves = list(dict.fromkeys(_source(leaf, sizes) for leaf in outside(nodes - {base}, {base}, sizes)))
     if len(leaves) > 2:
         raise NearMiss(f"the scores are combined with {len(leaves)} tensors")
@@ -200,7 +204,7 @@ def _source(node: Node, sizes: Sizes) -> Node:
         varying = [
             source for source in map(raised, node.all_input_nodes)
             if isinstance(source.meta.get("val"), torch.Tensor)
-            and not (sizes.numel(source) == 1 or source.target in semantics.FILLS)
+            and not (sizes.numel(source) == 1 or source.target in semantics.FILLS - semantics.RAMPS)
         ]  # fmt: skip
         if len(varying) != 1 or varying[0].meta["val"].dtype != torch.bool:
             return node
@@ -292,16 +296,5 @@ def _linear(node: Node, sizes: Sizes) -> bool:
 
 
 def _uniform(node: Node, sizes: Sizes) -> bool:
-    """Is every element the same number, as sizes alone decide? Vectors are looked at, matrices must be fills."""
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        return True
-    source = raised(node)
-    if source.target in semantics.FILLS and source.target not in semantics.RAMPS | semantics.EMPTIES:
-        return True
-    count = sizes.numel(source)
-    if not 0 < count <= MOST_UNIFORM or source.target in semantics.RAMPS or not constant(source, sizes):
-        return False
-    with concrete_tensors():
-        values = Evaluator({}, sizes).values(source, torch.arange(count))
-    return bool((values == values[0]).all())
+    """Is every element the same number, as sizes alone decide?"""
+    return not isinstance(node.meta.get("val"), torch.Tensor) or premises.uniform(raised(node), sizes)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fusion_passes import aten as semantics
+from fusion_passes import premises
 from fusion_passes.evaluate import Evaluator, hashed
 from fusion_passes.fusion import NearMiss, Refusal
 from fusion_passes.patterns._index_operands import Reader, outside
@@ -79,6 +80,7 @@ def prove(structure: Structure, sizes: Sizes) -> tuple[Sum, Roles]:
     reader = Reader(structure, structure.base, sizes)
     if reader.heads < 2:
         raise NearMiss("it has a single head")
+    premises.check_even(structure.nodes - {*structure.products})
     leaves = outside(structure.nodes - {*structure.products}, structure.products, sizes)
     if len(leaves) > MOST_LEAVES:
         raise NearMiss(f"its sum over heads reads {len(leaves)} tensors beside the products")
@@ -236,6 +238,7 @@ def _check_whole(reader: Reader, roles: Roles, form: Sum) -> None:
         others = {leaf: _read(roles, leaf, draws[leaf], virtual).reshape(shape) for leaf in beside}
     if not _explains(form, _Run(sums, products, others, [])):
         raise NearMiss("its products are not those of all channels of queries and keys")
+    premises.check_read(evaluator, reader.root)
 
 
 def _difference(run: _Run) -> str:

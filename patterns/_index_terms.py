@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fusion_passes import aten as semantics
 from fusion_passes import cone
 from fusion_passes.fusion import NearMiss
+from fusion_passes.premises import dependents
 from fusion_passes.sizes import Sizes
 from fusion_passes.views import axis_of
 
@@ -172,15 +173,6 @@ def _below(source: Node, sizes: Sizes) -> tuple[frozenset[Node], tuple[Node, ...
     if len(activated) > 1 and counts[activated[0]] == total:
         return frozenset(), ()
     return dependents(activated, part.interior), tuple(sorted(activated))
-
-
-def dependents(sources: Collection[Node], interior: Collection[Node]) -> frozenset[Node]:
-    """`sources` and every node of the interior that depends on one of them."""
-    found = set(sources)
-    for node in sorted(interior):
-        if found.intersection(node.all_input_nodes):
-            found.add(node)
-    return frozenset(found)
 
 
 def _activated(product: Node, interior: Collection[Node]) -> bool:

@@ -22,7 +22,8 @@ def on_two_ranks(split: str) -> list[dict[str, Any]]:
     """What each rank found, and how far its result is from that of one process."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, str(WORKER), split], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    command = [*launcher, str(WORKER), split]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found: list[dict[str, Any]] = json.loads(done.stdout.strip().splitlines()[-1])
     return found

@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import collections
 import itertools
-import random
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
-from fusion_passes.graph_pass import FusionPass
-from fusion_passes.settings import snapshot
 from tests.patterns.head_gate_spellings import SPELLINGS
-from tests.patterns.test_gate_cumsum_mutants import (
-    Change,
-    captured,
-    cast_behind,
-    changed_target,
-    copied,
-    mutated,
-    numbers,
-    operands,
-)
+from tests.support.mutants import Change, captured, cast_behind, changed_target, check_mutants, numbers, operands
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -70,14 +57,6 @@ def draws(inputs: list[Tensor], seed: int) -> list[Tensor]:
     return [torch.empty_like(t).copy_(torch.randn(t.shape, generator=generator)) for t in inputs]
 
 
-def result(module: GraphModule, inputs: list[Tensor]) -> Any:
-    """What a graph computes; None where it cannot run, such as with arithmetic on float8."""
-    try:
-        return module(*inputs)
-    except (RuntimeError, NotImplementedError, TypeError, IndexError):
-        return None
-
-
 def differs(actual: Any, expected: Any, tolerance: float) -> bool:
     """Is the L2 error above the tolerance, or something infinite elsewhere?"""
     for a, b in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
@@ -92,38 +71,22 @@ def differs(actual: Any, expected: Any, tolerance: float) -> bool:
 COUNTS: collections.Counter[str] = collections.Counter()
 
 
+def agrees(actual: Any, expected: Any, kind: str, graph: Graph) -> bool:
+    """Sums in another order may round to another neighbour in bfloat16; a rounding behind them may be dropped."""
+    half = any(n.meta["val"].dtype == torch.bfloat16 for n in graph.nodes if n.op == "call_function")
+    tolerance = 2e-6 if not (half or kind in ROUNDINGS) else 3e-2 if kind in COARSE else 6e-3
+    return not differs(actual, expected, tolerance)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_a_changed_graph_is_refused_or_keeps_its_value(name: str) -> None:
     entry = SPELLINGS[name]
     tracing = captured(entry.function, entry.inputs())
-    explained_by = snapshot(
-        {"strict": True, "reference_on_cpu": True, "always_profitable": True, "fusions": "head_gate"}
-    )
-    survivors, counts, mode = [], collections.Counter[str](), FakeTensorMode()
-    changes = list(mutants(tracing.module.graph))
-    random.Random(0).shuffle(changes)
-    for index, (node, kind, change) in enumerate(changes):
-        if counts["mutants"] == PER_GRAPH:
-            break
-        module = mutated(tracing, node, change, mode)
-        inputs = draws(tracing.inputs, index)
-        if module is None or (expected := result(module, inputs)) is None:
-            continue
-        counts["mutants"] += 1
-        rewritten = GraphModule(module, copied(module.graph))
-        explained = FusionPass(explained_by)
-        explained(rewritten.graph)
-        if not any(record.outcome == "fused" for record in explained.found):
-            continue
-        counts["fused"] += 1
-        rewritten.recompile()
-        # Sums in another order may round to another neighbour in bfloat16; a rounding behind them may be dropped.
-        half = any(n.meta["val"].dtype == torch.bfloat16 for n in module.graph.nodes if n.op == "call_function")
-        tolerance = 2e-6 if not (half or kind in ROUNDINGS) else 3e-2 if kind in COARSE else 6e-3
-        if differs(rewritten(*inputs), expected, tolerance):
-            survivors.append(f"{kind} at {node}: {explained.found}\n{module.graph}")
-    assert not survivors, "\n\n".join(survivors[:3]) + f"\n{len(survivors)} wrong rewrites"
+    counts = check_mutants(
+        tracing, mutants(tracing.module.graph), lambda seed: draws(tracing.inputs, seed), agrees, PER_GRAPH,
+        always_profitable=True, fusions="head_gate",
+    )  # fmt: skip
     assert counts["mutants"] >= 12 and counts["fused"] >= 1, counts
     COUNTS.update(counts)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import itertools
-import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,23 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch._inductor.fx_passes.post_grad import view_to_reshape
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
-from fusion_passes.graph_pass import FusionPass
-from fusion_passes.settings import snapshot
 from tests.patterns.index_score_spellings import SPELLINGS
-from tests.patterns.test_gate_cumsum_mutants import (
-    Change,
-    Tracing,
-    cast_behind,
-    changed_target,
-    copied,
-    mutated,
-    numbers,
-    operands,
-    same,
-)
+from tests.support.mutants import Change, Tracing, cast_behind, changed_target, check_mutants, numbers, operands, same
 from tests.tracing import trace
 
 aten = torch.ops.aten
@@ -94,14 +80,6 @@ def draws(inputs: list[Tensor], seed: int) -> list[Tensor]:
     return found
 
 
-def result(module: GraphModule, inputs: list[Tensor]) -> Any:
-    """What a graph computes; None where it cannot run."""
-    try:
-        return module(*inputs)
-    except (RuntimeError, NotImplementedError, TypeError, IndexError):
-        return None
-
-
 COUNTS: collections.Counter[str] = collections.Counter()
 
 
@@ -109,29 +87,11 @@ COUNTS: collections.Counter[str] = collections.Counter()
 @torch.no_grad()
 def test_a_changed_graph_is_refused_or_keeps_its_value(name: str) -> None:
     tracing = captured(name)
-    settings = snapshot({"strict": True, "reference_on_cpu": True, "fusions": "index_score"})
-    survivors, counts, mode = [], collections.Counter[str](), FakeTensorMode()
-    changes = list(mutants(tracing.module.graph))
-    random.Random(0).shuffle(changes)
-    for index, (node, kind, change) in enumerate(changes):
-        if counts["mutants"] == PER_GRAPH:
-            break
-        module = mutated(tracing, node, change, mode)
-        inputs = draws(tracing.inputs, index)
-        if module is None or (expected := result(module, inputs)) is None:
-            continue
-        counts["mutants"] += 1
-        rewritten = GraphModule(module, copied(module.graph))
-        explained = FusionPass(settings)
-        explained(rewritten.graph)
-        if not any(record.outcome == "fused" for record in explained.found):
-            continue
-        counts["fused"] += 1
-        rewritten.recompile()
-        # A rounding to bfloat16 may be dropped, as Inductor drops it.
-        if not same(rewritten(*inputs), expected, TOLERANCE[kind]):
-            survivors.append(f"{kind} at {node}: {explained.found}\n{module.graph}")
-    assert not survivors, "\n\n".join(survivors[:3]) + f"\n{len(survivors)} wrong rewrites"
+    # A rounding to bfloat16 may be dropped, as Inductor drops it.
+    counts = check_mutants(
+        tracing, mutants(tracing.module.graph), lambda seed: draws(tracing.inputs, seed),
+        lambda a, b, kind, graph: same(a, b, TOLERANCE[kind]), PER_GRAPH, fusions="index_score",
+    )  # fmt: skip
     assert counts["mutants"] == PER_GRAPH and counts["fused"] >= 1, counts
     COUNTS.update(counts)
 

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import collections
 import itertools
-import random
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
-from fusion_passes.graph_pass import FusionPass
-from fusion_passes.settings import snapshot
 from tests.patterns.mla_kv_pack_cases import assert_same_bytes
 from tests.patterns.mla_kv_pack_spellings import SPELLINGS
-from tests.patterns.test_gate_cumsum_mutants import (
-    Change,
-    captured,
-    cast_behind,
-    changed_target,
-    copied,
-    mutated,
-    numbers,
-    operands,
-)
+from tests.support.mutants import Change, captured, cast_behind, changed_target, check_mutants, numbers, operands
 
 aten = torch.ops.aten
 
@@ -88,14 +75,6 @@ def differs(actual: Any, expected: Any, loose: bool) -> bool:
     return False
 
 
-def result(module: GraphModule, inputs: list[Tensor]) -> Any:
-    """What a graph computes; None where it cannot run, such as with arithmetic on float8."""
-    try:
-        return module(*inputs)
-    except (RuntimeError, NotImplementedError, TypeError, IndexError):
-        return None
-
-
 COUNTS: collections.Counter[str] = collections.Counter()
 
 
@@ -104,31 +83,12 @@ COUNTS: collections.Counter[str] = collections.Counter()
 def test_a_changed_graph_is_refused_or_keeps_its_value(name: str) -> None:
     entry = SPELLINGS[name]
     tracing = captured(entry.function, entry.inputs())
-    explained_by = snapshot(
-        {"strict": True, "reference_on_cpu": True, "always_profitable": True, "fusions": "mla_kv_pack"}
-    )
-    survivors, counts, mode = [], collections.Counter[str](), FakeTensorMode()
-    changes = list(mutants(tracing.module.graph))
-    random.Random(0).shuffle(changes)
-    for index, (node, kind, change) in enumerate(changes):
-        if counts["mutants"] == PER_GRAPH:
-            break
-        module = mutated(tracing, node, change, mode)
-        inputs = draws(tracing.inputs, index)
-        if module is None or (expected := result(module, inputs)) is None:
-            continue
-        counts["mutants"] += 1
-        rewritten = GraphModule(module, copied(module.graph))
-        explained = FusionPass(explained_by)
-        explained(rewritten.graph)
-        if not any(record.outcome == "fused" for record in explained.found):
-            continue
-        counts["fused"] += 1
-        rewritten.recompile()
-        # A rounding to bfloat16 may be dropped, as Inductor drops it.
-        if differs(rewritten(*inputs), expected, loose=kind in ROUNDINGS):
-            survivors.append(f"{kind} at {node}: {explained.found}\n{module.graph}")
-    assert not survivors, "\n\n".join(survivors[:3]) + f"\n{len(survivors)} wrong rewrites"
+    # A rounding to bfloat16 may be dropped, as Inductor drops it.
+    counts = check_mutants(
+        tracing, mutants(tracing.module.graph), lambda seed: draws(tracing.inputs, seed),
+        lambda a, b, kind, graph: not differs(a, b, loose=kind in ROUNDINGS), PER_GRAPH,
+        always_profitable=True, fusions="mla_kv_pack",
+    )  # fmt: skip
     assert counts["mutants"] >= FEWEST and counts["fused"] >= 1, counts
     COUNTS.update(counts)
 

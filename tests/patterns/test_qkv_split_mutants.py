@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import collections
 import itertools
-import random
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
-from fusion_passes.graph_pass import FusionPass
-from fusion_passes.settings import snapshot
 from tests.patterns.qkv_split_spellings import SPELLINGS
-from tests.patterns.test_gate_cumsum_mutants import Change, captured, changed_target, copied, mutated, numbers, operands
+from tests.support.mutants import Change, captured, changed_target, check_mutants, numbers, operands
 from tests.support.qkv_split import numbered
 
 aten = torch.ops.aten
@@ -58,28 +54,12 @@ def test_a_changed_graph_is_refused_or_keeps_every_bit(name: str) -> None:
     entry = SPELLINGS[name]
     tracing = captured(entry.function, entry.inputs())
     inputs = [numbered(*tensor.shape) for tensor in tracing.inputs]
-    settings = snapshot({"strict": True, "reference_on_cpu": True, "always_profitable": True, "fusions": "qkv_split"})
-    mode, changes, tried = FakeTensorMode(), list(mutants(tracing.module.graph)), 0
-    random.Random(0).shuffle(changes)
-    for node, kind, change in changes:
-        if tried == PER_GRAPH:
-            break
-        module = mutated(tracing, node, change, mode)
-        if module is None:
-            continue
-        try:
-            wanted = module(*inputs)
-        except (RuntimeError, TypeError, IndexError):  # such as memory outside of the tensor
-            continue
-        tried += 1
-        rewritten = GraphModule(module, copied(module.graph))
-        explained = FusionPass(settings)
-        explained(rewritten.graph)
-        if any(record.outcome == "fused" for record in explained.found):
-            FUSED[name] += 1
-            rewritten.recompile()
-            assert equal(rewritten(*inputs), wanted), f"{kind} at {node}: {explained.found}\n{module.graph}"
-    assert tried >= 15, (name, tried)
+    counts = check_mutants(
+        tracing, mutants(tracing.module.graph), lambda seed: inputs, lambda a, b, *_: equal(a, b), PER_GRAPH,
+        always_profitable=True, fusions="qkv_split",
+    )  # fmt: skip
+    assert counts["mutants"] >= 15, (name, counts)
+    FUSED.update({name: counts["fused"]} if counts["fused"] else {})
 
 
 def test_enough_of_them_were_fused(request: pytest.FixtureRequest) -> None:
