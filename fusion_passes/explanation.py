@@ -10,11 +10,13 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch.fx import Graph, GraphModule
 
-from fusion_passes import arch
+from fusion_passes import arch, records, sketches
 from fusion_passes.graph_pass import FusionPass
-from fusion_passes.records import Record
 from fusion_passes.reports import Report
-from fusion_passes.settings import Settings, snapshot
+from fusion_passes.settings import snapshot
+
+# Fruitless starts of a search that are named one by one.
+_STARTS = 3
 
 
 def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
@@ -50,7 +52,7 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     finally:
         torch._dynamo.reset()
     breaks = sum(counters["graph_break"].values()) - breaks
-    return Report(tuple(explained.found), tuple(_notes(settings, explained.found, breaks)))
+    return Report(tuple(explained.found), tuple(_notes(explained, breaks)), explained.drawings)
 
 
 def tracing_backend(explained: FusionPass, run_rewritten: bool = False) -> Callable[..., Any]:
@@ -100,12 +102,34 @@ def _unwrap(f: Callable[..., Any]) -> tuple[Callable[..., Any], bool | None]:
     return inner, next((cell._dynamic for cell in cells if hasattr(cell, "_dynamic")), None)
 
 
-def _notes(settings: Settings, found: Sequence[Record], breaks: int) -> list[str]:
+def _notes(explained: FusionPass, breaks: int) -> list[str]:
     notes = []
+    if not explained.found:
+        notes += _fruitless(explained)
+    settings = explained.settings
     if not torch.cuda.is_available():
         assumed = arch.by_name(settings.arch)
         notes.append(f"No GPU on this machine: {assumed.gpu} ({assumed.name}) is assumed.")
     if breaks:
         plural = "s" if breaks > 1 else ""
         notes.append(f"The call has {breaks} graph break{plural}: sites are found within a graph only.")
+    return notes
+
+
+def _fruitless(explained: FusionPass) -> list[str]:
+    """Where the searches of a call without a candidate started, or from which operators they would have."""
+    if not explained.fusions:
+        return []
+    starts: dict[str, list[str]] = {}
+    for name, anchor in explained.fruitless:
+        starts.setdefault(f"{sketches.word(anchor)} ({records.source_of(anchor) or anchor.name})", []).append(name)
+    notes = [
+        f"Searched from {start} for {', '.join(dict.fromkeys(names))}: nothing of the kind is around it."
+        for start, names in list(starts.items())[:_STARTS]
+    ]
+    if len(starts) > _STARTS:
+        notes.append(f"Searched in vain from {len(starts) - _STARTS} more operators.")
+    if not starts:
+        anchors = {target._opname for fusion in explained.fusions for target in fusion.anchors}
+        notes.append(f"No search started: a fusion is looked for from {', '.join(sorted(anchors))}.")
     return notes

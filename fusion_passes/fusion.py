@@ -21,8 +21,26 @@ from fusion_passes.sizes import Sizes
 Reason = str | None
 
 
+class Because(str):
+    """A reason with a hint: what would make the site match. `guard` and `profit` may return one, exceptions hold one.
+
+    Attributes:
+        hint: what the author of the model, or the caller, can do about it.
+    """
+
+    hint: str
+
+    def __new__(cls, reason: str, hint: str = "") -> Because:
+        made = super().__new__(cls, reason)
+        made.hint = hint
+        return made
+
+
 class NearMiss(Exception):
-    """The subgraph at an anchor is not what the fusion computes; the message says where the likeness ends."""
+    """The subgraph at an anchor is not what the fusion computes; the message says where the likeness ends.
+
+    It may be a `Because`, as that of a `Refusal`.
+    """
 
 
 class Refusal(Exception):
@@ -116,6 +134,7 @@ class Fusion:
         absorbs: names of fusions that are part of this one and are not attempted on what it has taken.
         default: whether "default" in the `fusions` setting includes it.
         tolerance: relative error (L2 norm) that `verify` allows between the subgraph and the fused op.
+        sources: functions whose files the compile caches have to know as well, beside that of `match`.
     """
 
     name: str
@@ -130,6 +149,7 @@ class Fusion:
     absorbs: tuple[str, ...] = ()
     default: bool = True
     tolerance: float = 1e-5
+    sources: tuple[Callable[..., Any], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():

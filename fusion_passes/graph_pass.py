@@ -17,13 +17,14 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
-from fusion_passes import expectation, guards, records, registry, rewrite, tuning, verify
+from fusion_passes import expectation, guards, records, registry, rewrite, sketches, tuning, verify
 from fusion_passes.fingerprint import fingerprint
-from fusion_passes.fusion import Context, Fusion, NearMiss, Refusal, Site
+from fusion_passes.fusion import Because, Context, Fusion, NearMiss, Refusal, Site
 from fusion_passes.records import Outcome, Record
 from fusion_passes.reports import Report
 from fusion_passes.settings import LAUNCH_META, Settings
 from fusion_passes.sizes import Sizes, Unsupported, assignments
+from fusion_passes.sketches import Drawing
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,10 @@ class FusionPass(CustomGraphPass):
         selected = (fusion.name for fusion in self.fusions)
         expectation.check_names(self.expected, registry.known(), selected, settings.fusions)
         self.found: list[Record] = []
+        # Only taken for `explain`: what is drawn, by fusion and anchor and then by record; and fruitless searches.
+        self._sketched: dict[tuple[str, str], Drawing] = {}
+        self.drawings: dict[Record, Drawing] = {}
+        self.fruitless: list[tuple[str, Node]] = []
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FusionPass) and (self.settings, self.as_if_cuda, self.fusions) == (
@@ -106,6 +111,8 @@ class FusionPass(CustomGraphPass):
                 record = self._attempt(fusion, anchor, context)
                 if record is not None:
                     found.append(record)
+                if self.as_if_cuda:
+                    self._keep_sketch(fusion, anchor, record)
                 if record is not None and record.outcome == "fused":
                     graph.eliminate_dead_code()
                     alive = set(graph.nodes)
@@ -125,9 +132,13 @@ class FusionPass(CustomGraphPass):
             site = fusion.match(anchor, context)
             if site is None:
                 return None
+            drawing = sketches.of_site(site, context.sizes[0]) if self.as_if_cuda else None
+            before = set(context.graph.nodes) if drawing is not None else set()
             reason = guards.common_reason(fusion, site, context) or fusion.guard(site, context)
             if reason is None and not self.settings.always_profitable:
                 reason = fusion.profit(site, context)
+            if drawing is not None:
+                self._sketched[fusion.name, anchor.name] = drawing
             if reason is not None:
                 return _record(fusion, "refused", reason, anchor)
             if site.rewrite is not None:
@@ -136,18 +147,27 @@ class FusionPass(CustomGraphPass):
                 build = functools.partial(self._build, fusion, site, context)
                 leaves, meta = site.leaves.values(), {LAUNCH_META: self.settings.launch}
                 rewrite.replace(context.graph, site.outputs, leaves, build, context.sizes, meta)
+            if drawing is not None:
+                self._sketched[fusion.name, anchor.name] = sketches.rewritten(drawing, site, context.graph, before)
         except NearMiss as miss:
-            return _record(fusion, "near_miss", str(miss), anchor)
+            return _record(fusion, "near_miss", _said(miss), anchor)
         except Unsupported as unsupported:
             return _record(fusion, "near_miss", f"cannot be evaluated: {unsupported}", anchor)
         except (Refusal, rewrite.MetadataMismatch) as refusal:
-            return _record(fusion, "refused", str(refusal), anchor)
+            return _record(fusion, "refused", _said(refusal), anchor)
         except Exception as error:
             if self.settings.strict:
                 raise
             log.warning("fusion %s failed at %s, which is left alone", fusion.name, anchor.name, exc_info=True)
             return _record(fusion, "refused", f"internal error: {type(error).__name__}: {error}", anchor)
         return _record(fusion, "fused", site.summary, anchor, site)
+
+    def _keep_sketch(self, fusion: Fusion, anchor: Node, record: Record | None) -> None:
+        """For `explain`: what is around an anchor that led to nothing, if no site was drawn there."""
+        if record is None:
+            self.fruitless.append((fusion.name, anchor))
+        elif (fusion.name, anchor.name) not in self._sketched:
+            self._sketched[fusion.name, anchor.name] = sketches.around(anchor)
 
     def _build(self, fusion: Fusion, site: Site, context: Context) -> Sequence[Node]:
         built = fusion.replace(site, context.graph)
@@ -159,6 +179,9 @@ class FusionPass(CustomGraphPass):
     def _publish(self, graph: Graph, found: list[Record]) -> None:
         key = hashlib.sha256("".join(n.name for n in graph.nodes).encode()).hexdigest()[:8]
         found = [dataclasses.replace(record, graph=key) for record in found]
+        keyed = ((record, self._sketched.get((record.fusion, record.node))) for record in found)
+        self.drawings |= {record: drawing for record, drawing in keyed if drawing is not None}
+        self._sketched.clear()
         self.found += found
         if not self.as_if_cuda:
             records.remember(found)
@@ -242,9 +265,15 @@ def _record(fusion: Fusion, outcome: Outcome, reason: str, anchor: Node, site: S
     return Record(
         fusion.name,
         outcome,
-        reason,
+        str(reason),
         records.source_of(anchor),
         anchor.name,
         saved_bytes=site.saved_bytes if site else None,
         saved_launches=site.saved_launches if site else None,
+        hint=reason.hint if isinstance(reason, Because) else "",
     )
+
+
+def _said(error: Exception) -> str:
+    """What a near miss or refusal was raised with, its hint included."""
+    return error.args[0] if error.args and isinstance(error.args[0], Because) else str(error)

@@ -9,7 +9,7 @@ from torch._inductor import config as inductor_config
 from torch.fx import Node
 
 from fusion_passes import cone
-from fusion_passes.fusion import Context, Fusion, Reason, Site
+from fusion_passes.fusion import Because, Context, Fusion, Reason, Site
 from fusion_passes.records import source_of
 
 
@@ -44,10 +44,11 @@ def roundings(site: Site) -> Reason:
     """Intermediate roundings may go where Inductor itself drops them, and only there."""
     if site.roundings and inductor_config.emulate_precision_casts:
         node = site.roundings[0]
-        return (
+        reason = (
             f"an intermediate is rounded to {_name(node.meta['val'].dtype)} ({node.name}), which the fused op does "
             "not do and emulate_precision_casts asks to keep"
         )
+        return Because(reason, "compile without the option emulate_precision_casts")
     return None
 
 
@@ -69,7 +70,8 @@ def escapes(site: Site, context: Context) -> Reason:
                 continue
             what = f"an intermediate ({node.name}, {_what(node)})"
             if user.op == "output":
-                return f"{what} is returned by the graph or saved for the backward pass"
+                reason = f"{what} is returned by the graph or saved for the backward pass"
+                return Because(reason, "call the model under torch.no_grad() if no gradient is needed")
             where = source_of(user)
             return f"{what} is used elsewhere, by {user.name}{f' at {where}' if where else ''}"
     return None

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fusion_passes import expectation, records
 from fusion_passes.records import Outcome, Record
+from fusion_passes.sketches import Drawing
 
-_TITLES: dict[Outcome, str] = {
+TITLES: dict[Outcome, str] = {
     "fused": "Fused",
     "refused": "Refused: the subgraph means the same, but was left alone",
     "near_miss": "Near misses: looked at and found to be something else",
@@ -26,10 +26,12 @@ class Report:
     Attributes:
         records: every candidate site.
         notes: remarks on the whole, such as the GPU that was assumed or a graph break.
+        drawings: what the HTML page draws of a record. Only `explain` takes them; they are no part of the JSON.
     """
 
     records: tuple[Record, ...]
     notes: tuple[str, ...] = ()
+    drawings: Mapping[Record, Drawing] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -69,7 +71,7 @@ class Report:
         if not self.records:
             return "\n".join(["fusion_passes: no candidate for a fusion was found", *self.notes])
         lines = [f"fusion_passes: fused {_total(self)}"]
-        for outcome, title in _TITLES.items():
+        for outcome, title in TITLES.items():
             group = Counter(self._of(outcome))
             if group:
                 lines += ["", title, *_table(group)]
@@ -87,23 +89,14 @@ class Report:
         return json.dumps(data, indent=2)
 
     def to_html(self, path: str | Path) -> Path:
-        """Write the report as one self-contained HTML page and return its path."""
-        body = [f"<h1>fusion_passes</h1><p class=total>Fused: <b>{html.escape(_total(self))}</b></p>"]
-        for outcome, title in _TITLES.items():
-            group = Counter(self._of(outcome))
-            if group:
-                head, _, rest = title.partition(":")
-                note = f"<small>{html.escape(rest.strip())}</small>" if rest else ""
-                rows = "".join(_html_row(record, count) for record, count in group.items())
-                body.append(f'<h2 class="{outcome}">{head} {group.total()} {note}</h2>')
-                columns = "".join(f"<th>{column}</th>" for column in _COLUMNS[outcome])
-                body.append(f"<table><thead><tr>{columns}</tr></thead><tbody>{rows}</tbody></table>")
-        if not self.records:
-            body.append("<p>No candidate for a fusion was found.</p>")
-        body += [f"<p class=note>{html.escape(note)}</p>" for note in self.notes]
-        page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>fusion_passes report</title>{_STYLE}'
+        """Write the report as one self-contained HTML page and return its path.
+
+        Sites are drawn, as they are in the model and as they are compiled, in the reports of `explain`.
+        """
+        from fusion_passes import page
+
         target = Path(path)
-        target.write_text(page + "<body>" + "".join(body) + "</body></html>\n", encoding="utf-8")
+        target.write_text(page.render(self), encoding="utf-8")
         return target
 
 
@@ -119,17 +112,20 @@ def report() -> Report:
     return Report(tuple(records.recall()))
 
 
-def saved(record: Record) -> str:
-    """The estimated savings of a record in words, or "" where none were estimated."""
+def saved(records: Sequence[Record]) -> str:
+    """The estimated savings of some records in words, or "" where none were estimated."""
     parts = []
-    if record.saved_bytes is not None:
-        parts.append(_bytes(record.saved_bytes))
-    if record.saved_launches:
-        parts.append(f"{record.saved_launches} launch{'es' if record.saved_launches > 1 else ''}")
+    traffic = [record.saved_bytes for record in records if record.saved_bytes is not None]
+    if traffic:
+        parts.append(in_bytes(sum(traffic)))
+    launches = sum(record.saved_launches or 0 for record in records)
+    if launches:
+        parts.append(f"{launches} launch{'es' if launches > 1 else ''}")
     return ", ".join(parts)
 
 
-def _bytes(count: int) -> str:
+def in_bytes(count: int) -> str:
+    """A number of bytes in words."""
     for unit, size in (("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:,.1f} {unit}"
@@ -144,38 +140,14 @@ def _table(group: Iterable[Record] | Counter[Record]) -> list[str]:
     lines = []
     for record, count in Counter(group).items():
         times = f" x{count}" if count > 1 else ""
-        lines.append(f"  {record.fusion}{times}  {_short(record.source) or record.node}")
-        lines.append(f"      {record.reason}" + (f"; saves {saved(record)} per call" if saved(record) else ""))
+        lines.append(f"  {record.fusion}{times}  {short(record.source) or record.node}")
+        savings = saved([record])
+        lines.append(f"      {record.reason}" + (f"; saves {savings} per call" if savings else ""))
+        if record.hint:
+            lines.append(f"      what would help: {record.hint}")
     return lines
 
 
-def _short(source: str) -> str:
+def short(source: str) -> str:
     """The last three parts of a source path: enough to find it, short enough to read."""
     return "/".join(source.replace("\\", "/").split("/")[-3:])
-
-
-def _html_row(record: Record, count: int) -> str:
-    """One line of the table of the record's outcome: fused sites have a last cell with the savings."""
-    cells = [record.fusion + (f" x{count}" if count > 1 else ""), _short(record.source) or record.node, record.reason]
-    if record.outcome == "fused":
-        cells.append(saved(record))
-    name, where, *others = map(html.escape, cells)
-    row = f'<td>{name}</td><td class=where title="{html.escape(record.source)}">{where}</td>'
-    return f"<tr>{row}{''.join(f'<td>{cell}</td>' for cell in others)}</tr>"
-
-
-_COLUMNS: dict[Outcome, tuple[str, ...]] = {
-    "fused": ("fusion", "where", "what", "saved per call"),
-    "refused": ("fusion", "where", "why"),
-    "near_miss": ("fusion", "where", "why not"),
-}
-
-_STYLE = (
-    "<style>:root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;"
-    "padding:0 1rem}h1{font-size:1.4rem;margin:0}h2{font-size:1.1rem;margin:2rem 0 .4rem}small,.note,th{opacity:.7}"
-    "small{font-weight:400;margin-left:.5rem}table{border-collapse:collapse;width:100%;table-layout:fixed}"
-    "th,td{text-align:left;vertical-align:top;padding:.4rem .8rem .4rem 0;border-bottom:1px solid #8884;"
-    "overflow-wrap:anywhere}th{font-weight:400;font-size:13px}th:nth-child(1){width:10rem}th:nth-child(2){width:38%}"
-    "th:nth-child(4){width:11rem}.where{font:12px/1.8 ui-monospace,monospace}h2.fused{color:#1a7f37}"
-    "h2.refused{color:#9a6700}</style>"
-)

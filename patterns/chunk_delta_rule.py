@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 
 from fusion_passes import aten as semantics
 from fusion_passes import rewrite
-from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Site
+from fusion_passes.fusion import Because, Context, Fusion, NearMiss, Reason, Site
 from fusion_passes.lowering import contiguous_strides
 from fusion_passes.ops import chunk_delta_rule as op
 from fusion_passes.patterns import _delta_rule_operands as operands
@@ -61,7 +61,9 @@ def _found(anchor: Node, sizes: Sizes) -> tuple[Assembly, Output, Region, Node |
     else:
         raise NearMiss("its chunks are not put together to one row per token and head")
     if not isinstance(out.node.meta["val"].shape[2 if out.head_first else 1], int):
-        raise NearMiss("the number of tokens is symbolic, while the loop over chunks is unrolled when it is traced")
+        reason = "the number of tokens is symbolic, while the loop over chunks is unrolled when it is traced"
+        hint = "compile for a fixed number of tokens, or bind a Hugging Face model: fusion_passes.transformers.bind"
+        raise NearMiss(Because(reason, hint))
     failure: Exception | None = None
     for leaves, part in regions(assembly, out.tokens, assembly.pieces, sizes):
         try:

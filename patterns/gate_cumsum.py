@@ -25,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fusion_passes import aten as semantics
 from fusion_passes import cone, rewrite
 from fusion_passes.access import AxisMap, factor_axes
-from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Refusal, Site
+from fusion_passes.fusion import Because, Context, Fusion, NearMiss, Reason, Refusal, Site
 from fusion_passes.layout import Piece, SubAxis, arrange, refine, sub_axes
 from fusion_passes.ops import gate_cumsum as op
 from fusion_passes.patterns._gate import Gate, identify
@@ -88,7 +88,8 @@ def _chunk_size(anchor: Node, time: int) -> int:
         if statically_known_true(length == size):
             return size
     allowed = ", ".join(map(str, op.CHUNK_SIZES))
-    raise NearMiss(f"the cumsum runs over an axis of {length}; the kernel has chunks of {allowed}")
+    hint = "a gate is summed within chunks: unflatten its tokens into chunks of one of these lengths"
+    raise NearMiss(Because(f"the cumsum runs over an axis of {length}; the kernel has chunks of {allowed}", hint))
 
 
 def _cuts(root: Node, whole: cone.Cone, time: int, sizes: Sizes) -> Iterator[tuple[Node, list[Node], set[Node]]]:

@@ -177,3 +177,13 @@ def test_training_graphs_are_covered() -> None:
     assert forward.outcome in ("fused", "refused")
     assert forward.outcome == "fused" or "saved for the backward pass" in forward.reason
     assert all(record.outcome == "near_miss" for record in backward)
+
+
+@no_gpu
+def test_where_nothing_is_found_the_notes_say_where_searches_started() -> None:
+    notes = explain(lambda value: value.contiguous().transpose(1, 2).clone(), x()).notes
+    assert len(notes) == 2 and notes[0].startswith("Searched from copy (")
+    assert "test_explanation.py:" in notes[0] and notes[0].endswith("nothing of the kind is around it.")
+    notes = explain(lambda value: value + 1, x()).notes
+    assert notes[0].startswith("No search started: a fusion is looked for from ") and "cumsum" in notes[0]
+    assert not any("earch" in note for note in explain(Layer(), x()).notes)

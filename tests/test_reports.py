@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html.parser
 import json
 import os
 import subprocess
@@ -70,8 +69,17 @@ def test_text_of_nothing() -> None:
 )
 def test_savings_in_words(count: int | None, launches: int | None, words: str) -> None:
     record = dataclasses.replace(FUSED, saved_bytes=count, saved_launches=launches)
-    assert saved(record) == words
+    assert saved([record]) == words
     assert ("saves" in str(Report((record,)))) == bool(words)
+
+
+def test_savings_of_several_sites_add_up() -> None:
+    assert saved([FUSED, dataclasses.replace(FUSED, saved_launches=2), MISS]) == "5.0 MB, 2 launches"
+
+
+def test_text_says_what_would_help() -> None:
+    lines = str(Report((dataclasses.replace(MISS, hint="call .float() first"),))).splitlines()
+    assert lines[-2:] == ["      over int64", "      what would help: call .float() first"]
 
 
 def test_json_holds_every_field() -> None:
@@ -79,43 +87,6 @@ def test_json_holds_every_field() -> None:
     assert list(data) == ["counts", "fused", "refusals", "near_misses", "notes"]
     assert data["counts"] == {"gate_cumsum": 1} and data["notes"] == ["A note."]
     assert [Record(**r) for r in data["fused"] + data["refusals"] + data["near_misses"]] == [FUSED, REFUSED, MISS]
-
-
-class Page(html.parser.HTMLParser):
-    """Text of the cells and headings, attributes, and whether every opened element that needs it is closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.texts: list[str] = []
-        self.titles: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag != "meta":
-            self.open.append(tag)
-        self.titles += [value or "" for name, value in attrs if name == "title"]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.texts.append(data)
-
-
-def test_html_escapes_groups_and_closes(tmp_path: Path) -> None:
-    path = Report((FUSED, REFUSED, FUSED), ("A <note>.",)).to_html(tmp_path / "report.html")
-    page = Page(path.read_text(encoding="utf-8"))
-    assert page.open == []
-    assert {"gate_cumsum x2", "2.5 MB", "A <note>.", REFUSED.reason, "/a/<b>.py:1"} <= set(page.texts)
-    assert page.titles == [FUSED.source, REFUSED.source]
-    assert "<b>.py" not in path.read_text() and "http" not in path.read_text()
-
-
-def test_html_of_nothing(tmp_path: Path) -> None:
-    page = Page(Report(()).to_html(str(tmp_path / "r.html")).read_text())
-    assert "No candidate for a fusion was found." in page.texts and "nothing" in page.texts
 
 
 def test_records_come_back_in_order_and_as_often_as_kept() -> None:
