@@ -71,6 +71,8 @@ def _list(args: argparse.Namespace) -> int:
     selected = {fusion.name for fusion in registry.select(settings.fusions)}
     for fusion in registry.known().values():
         print(f"{'on ' if fusion.name in selected else 'off'}  {fusion.name:<18} {fusion.doc}")
+    for name, error in registry.broken().items():
+        print(f"--   {name:<18} cannot be loaded: {error}")
     return 0
 
 

@@ -2,8 +2,8 @@
 
 Inductor's caches key a compiled graph by the `uuid()` of every custom pass, and look neither into its source nor
 into the kernels and lowerings that it brings. The fingerprint therefore covers all of it: every source and data
-file of this package (the symlinked `ops` and `patterns` included), the modules of fusions that other packages
-registered, the settings, and the versions of torch and triton.
+file of this package (the symlinked `ops` and `patterns` included), the packages of fusions that others registered
+(the folder of the fusion and all below), the settings, and the versions of torch and triton.
 
 Sources are read once, when this module is first imported together with the code they describe: a file that is
 edited later in the life of the process does not change the code that runs, and must not change the key.
@@ -14,8 +14,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,18 +51,26 @@ def fingerprint(settings: Settings, fusions: Iterable[Fusion]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-_module_hashes: dict[str, str] = {}
+_hashes: dict[str, str] = {}
 
 
 def _module_hash(fusion: Fusion) -> str:
-    """Digest of the file that defines the fusion's `match`; empty for our own, which SOURCES covers."""
-    if fusion.match.__module__.startswith("fusion_passes."):
+    """Digest of the code of a fusion that another package brings; empty for our own, which SOURCES covers."""
+    return " ".join(_code_hash(f) for f in (fusion.match, *fusion.sources))
+
+
+def _code_hash(function: Callable[..., Any]) -> str:
+    """Digest of the file of a function and, if that is part of a package, of all files in its folder and below."""
+    if function.__module__.startswith("fusion_passes."):
         return ""
-    path = inspect.getsourcefile(inspect.unwrap(fusion.match))
+    path = inspect.getsourcefile(inspect.unwrap(function))
     if path is None or not os.path.exists(path):
         # Code without a file cannot be told apart from its next edit: never share its graphs.
         return os.urandom(16).hex()
-    return _module_hashes.setdefault(path, hashlib.sha256(Path(path).read_bytes()).hexdigest())
+    folder = Path(path).parent
+    if (folder / "__init__.py").exists():  # the op and its kernel are there
+        return _hashes.get(str(folder)) or _hashes.setdefault(str(folder), hash_files(folder))
+    return _hashes.get(path) or _hashes.setdefault(path, hashlib.sha256(Path(path).read_bytes()).hexdigest())
 
 
 def _triton_version() -> str:

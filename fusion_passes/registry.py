@@ -15,6 +15,7 @@ ENTRY_POINT_GROUP = "fusion_passes.fusions"
 
 _lock = threading.Lock()
 _fusions: dict[str, Fusion] = {}
+_broken: dict[str, str] = {}
 _loaded = False
 
 
@@ -47,6 +48,12 @@ def known() -> dict[str, Fusion]:
     return dict(_fusions)
 
 
+def broken() -> dict[str, str]:
+    """The entry points that could not be loaded, by name, and why."""
+    known()
+    return dict(_broken)
+
+
 def _load_ours() -> None:
     from fusion_passes import patterns
 
@@ -64,6 +71,7 @@ def _load_entry_points() -> None:
             else:
                 raise TypeError(f"it names a {type(loaded).__name__}, not a fusion_passes.Fusion")
         except Exception as error:
+            _broken[entry.name] = f"{entry.value}: {type(error).__name__}: {error}"
             log.warning("entry point %s = %s of group %s is ignored: %s", entry.name, entry.value, entry.group, error)
 
 
