@@ -61,6 +61,7 @@ TABLE = TunedTable(
 )
 
 SMALLEST_TILE = 16  # of tensor cores, along every axis
+MOST_DOTTED = 16  # rows up to which the table may choose dot products
 
 
 # --- reference -------------------------------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ def plan(
     rows = batch * tokens
     known = target.hint(rows) if static(rows) is not None else None
     if known is not None and strides[2] != 1:
-        known = max(known, SMALLEST_TILE)  # dot products would read far more of such weights than they need
+        known = max(known, MOST_DOTTED + 1)  # dot products would read far more of such weights than they need
     bytes_of = (x.dtype.itemsize, weight.dtype.itemsize)
     form = form_of(x.dtype, weight.dtype, product_dtype)
     use = parameters_for(target.arch, form, known, heads, depth, bytes_of)
