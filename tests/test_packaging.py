@@ -131,3 +131,10 @@ def test_only_absolute_paths_count_as_machine_paths(folder: str) -> None:
     assert MACHINE_PATHS.search(f'"/{folder}/x"')
     for harmless in (f"src/{folder}/x", f"https://host/{folder}/x", f"../{folder}/x", f"/{folder} alone"):
         assert not MACHINE_PATHS.search(harmless)
+
+
+def test_the_package_is_imported_without_triton() -> None:
+    """CPU builds of torch bring none: kernels are imported where they are launched."""
+    check = "import sys; sys.modules['triton'] = None; import fusion_passes, fusion_passes.ops, fusion_passes.patterns"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
