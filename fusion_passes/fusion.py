@@ -21,6 +21,11 @@ from fusion_passes.sizes import Sizes
 Reason = str | None
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as reasons and errors name it: "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 class Because(str):
     """A reason with a hint: what would make the site match. `guard` and `profit` may return one, exceptions hold one.
 

@@ -9,7 +9,7 @@ from torch._inductor import config as inductor_config
 from torch.fx import Node
 
 from fusion_passes import cone
-from fusion_passes.fusion import Because, Context, Fusion, Reason, Site
+from fusion_passes.fusion import Because, Context, Fusion, Reason, Site, dtype_name
 from fusion_passes.records import source_of
 
 
@@ -35,8 +35,8 @@ def dtypes(fusion: Fusion, site: Site) -> Reason:
     for name, leaf in site.leaves.items():
         dtype = leaf.meta["val"].dtype
         if dtype not in fusion.dtypes:
-            allowed = ", ".join(_name(d) for d in fusion.dtypes)
-            return f"{name} is {_name(dtype)}; the fused op reads {allowed}"
+            allowed = ", ".join(dtype_name(d) for d in fusion.dtypes)
+            return f"{name} is {dtype_name(dtype)}; the fused op reads {allowed}"
     return None
 
 
@@ -44,9 +44,10 @@ def roundings(site: Site) -> Reason:
     """Intermediate roundings may go where Inductor itself drops them, and only there."""
     if site.roundings and inductor_config.emulate_precision_casts:
         node = site.roundings[0]
+        dtype = dtype_name(node.meta["val"].dtype)
         reason = (
-            f"an intermediate is rounded to {_name(node.meta['val'].dtype)} ({node.name}), which the fused op does "
-            "not do and emulate_precision_casts asks to keep"
+            f"an intermediate is rounded to {dtype} ({node.name}), which the fused op does not do and "
+            "emulate_precision_casts asks to keep"
         )
         return Because(reason, "compile without the option emulate_precision_casts")
     return None
@@ -113,7 +114,3 @@ def _storage(node: Node) -> int | None:
 
 def _what(node: Node) -> str:
     return getattr(node.target, "__name__", str(node.target)).split(".")[0]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

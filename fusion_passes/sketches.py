@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 
 from fusion_passes import aten, cone
 from fusion_passes.folding import Group, fold, is_view
-from fusion_passes.fusion import Site
+from fusion_passes.fusion import Site, dtype_name
 from fusion_passes.sizes import Sizes
 
 Kind = Literal["input", "constant", "step", "fold", "fused", "result"]
@@ -184,7 +184,7 @@ def word(node: Node) -> str:
     if node.target is operator.getitem:
         return f"output {int(str(node.args[1])) + 1}"
     if node.target in aten.CASTS:
-        return f"cast to {_name(node.meta['val'].dtype)}"
+        return f"cast to {dtype_name(node.meta['val'].dtype)}"
     base = _base(node)
     text = _WORDS.get(base, base.strip("_").replace("_", " "))
     if node.target in aten.POINTWISE and len(node.args) > 1 and isinstance(node.args[1], (int, float)):
@@ -317,8 +317,4 @@ def _value(node: Node) -> tuple[str, ...]:
     value: Any = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return (f"{len(value)} tensors",)
-    return " × ".join(str(n) for n in value.shape) or "a number", _name(value.dtype)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return " × ".join(str(n) for n in value.shape) or "a number", dtype_name(value.dtype)

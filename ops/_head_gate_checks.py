@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fusion_passes.fusion import dtype_name
+
 Tensor = torch.Tensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -15,10 +17,6 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 def _known_different(left: Any, right: Any) -> bool:
     # Symbolic sizes are not compared: that would add a guard.
     return isinstance(left, int) and isinstance(right, int) and left != right
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def check_arguments(
@@ -42,11 +40,11 @@ def check_arguments(
         if tensor is None:
             continue
         if tensor.dtype not in FLOATS:
-            raise TypeError(f"{name} must be bfloat16, float16 or float32, got {_name(tensor.dtype)}")
+            raise TypeError(f"{name} must be bfloat16, float16 or float32, got {dtype_name(tensor.dtype)}")
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x ({x.device}), got {tensor.device}")
     for name, given in (("product_dtype", product_dtype), ("dtype", dtype)):
         if given not in FLOATS:
-            raise TypeError(f"{name} must be bfloat16, float16 or float32, got {_name(given)}")
+            raise TypeError(f"{name} must be bfloat16, float16 or float32, got {dtype_name(given)}")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale}")

@@ -28,6 +28,7 @@ import torch
 from torch.utils._sympy.functions import FloorDiv, Max, Min
 
 from fusion_passes.arch import Architecture
+from fusion_passes.fusion import dtype_name
 from fusion_passes.lowering import (
     Launch,
     NotInlinable,
@@ -190,7 +191,7 @@ def plan(
         "x_ptr": x, "w_ptr": weight.whole(), "q_ptr": q_scale and q_scale.whole(), "out_ptr": out,
         "x_offset": x.offset, "rows": rows, "tokens": tokens, **_strides(target, x, q_scale),
         "W_H": strides[1], "W_K": strides[2], "H": heads, "K": depth, "SCALE": scale,
-        "ROUND_TO": str(product_dtype).removeprefix("torch."), "BATCHED": static(batch) != 1,
+        "ROUND_TO": dtype_name(product_dtype), "BATCHED": static(batch) != 1,
         "HEAD_FIRST": head_first, "DEPTH": use["depth"],
     }  # fmt: skip
     if not use["tensor"]:

@@ -17,7 +17,7 @@ import torch
 from torch.fx import Node
 
 from fusion_passes import aten as semantics
-from fusion_passes.fusion import NearMiss
+from fusion_passes.fusion import NearMiss, dtype_name
 from fusion_passes.patterns._axis_factors import PLAIN, TIME, Factor, Layout
 from fusion_passes.patterns._chunk_assembly import Assembly
 from fusion_passes.patterns._parallel_axes import followed
@@ -272,7 +272,7 @@ def check_arithmetic(nodes: Sequence[Node], depends: Mapping[Node, int], results
         dtype = node.meta["val"].dtype
         _check_target(node, depends)
         if not dtype.is_floating_point or dtype.itemsize not in (2, 4):
-            raise NearMiss(f"{node.name} is computed in {_name(dtype)}; the kernel computes in float32")
+            raise NearMiss(f"{node.name} is computed in {dtype_name(dtype)}; the kernel computes in float32")
         sources = [n for n in node.all_input_nodes if depends.get(n)]
         if _moves(node) and sources[0] in exact and _itemsize(sources[0]) <= dtype.itemsize:
             exact.add(node)
@@ -280,7 +280,7 @@ def check_arithmetic(nodes: Sequence[Node], depends: Mapping[Node, int], results
             narrow = [n for n in (*sources, node) if _itemsize(n) < 4 and (n is node or n not in exact)]
             if narrow:
                 raise NearMiss(
-                    f"{narrow[0].name} is rounded to {_name(narrow[0].meta['val'].dtype)} around a sum or matrix "
+                    f"{narrow[0].name} is rounded to {dtype_name(narrow[0].meta['val'].dtype)} around a sum or matrix "
                     "product; the kernel keeps it in float32"
                 )
         elif dtype.itemsize < 4 and node not in results and node.target not in _MOVERS - semantics.CASTS:
@@ -350,7 +350,3 @@ def fingerprint(roots: Sequence[Node], found: Region, sizes: Sizes, *more: Any) 
 def _itemsize(node: Node) -> int:
     value = node.meta.get("val")
     return int(value.dtype.itemsize) if isinstance(value, torch.Tensor) else 8
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

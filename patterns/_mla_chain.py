@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from fusion_passes import aten as semantics
 from fusion_passes.evaluate import Evaluator, constant
-from fusion_passes.fusion import NearMiss
+from fusion_passes.fusion import NearMiss, dtype_name
 from fusion_passes.ops._mla_kv_pack_steps import UNBOUNDED
 from fusion_passes.sizes import Sizes, Unsupported
 from fusion_passes.views import is_alias
@@ -247,9 +247,9 @@ def check_dtypes(chain: tuple[Node, ...]) -> torch.dtype:
             continue
         if value.dtype in FLOAT8:
             if not behind or value.dtype != result:
-                raise NearMiss(f"it passes through {_name(value.dtype)} before its cast to {_name(result)}")
+                raise NearMiss(f"it passes through {dtype_name(value.dtype)} before its cast to {dtype_name(result)}")
         elif value.dtype not in FLOATS:
-            raise NearMiss(f"it is computed in {_name(value.dtype)}; the kernel computes in float32")
+            raise NearMiss(f"it is computed in {dtype_name(value.dtype)}; the kernel computes in float32")
         else:
             behind = False
     return result
@@ -276,7 +276,3 @@ def repeats(node: Node) -> list[int]:
 def read_from(chain: Chain) -> Node:
     """The tensor that a kernel reads for a chain: the last view that does not repeat elements."""
     return next((node for node in aliases(chain) if not repeats(node)), chain.end)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -13,7 +13,7 @@ from torch.fx import Node
 from fusion_passes import aten as semantics
 from fusion_passes.access import AxisMap, trace_access
 from fusion_passes.axes import fit_axes
-from fusion_passes.fusion import NearMiss
+from fusion_passes.fusion import NearMiss, dtype_name
 from fusion_passes.layout import Piece, refine
 from fusion_passes.patterns._mla_chain import FLOAT8, FLOATS, Chain, read_from, repeats, walk
 from fusion_passes.sizes import Sizes, Unsupported
@@ -240,7 +240,7 @@ def dtype_of(parts: Sequence[Part]) -> torch.dtype:
         NearMiss: they differ or are no floats.
     """
     found = {part.leaf.meta["val"].dtype for part in parts}
-    names = ", ".join(sorted(str(d).removeprefix("torch.") for d in found))
+    names = ", ".join(sorted(map(dtype_name, found)))
     if len(found) > 1:
         raise NearMiss(f"its parts have different dtypes: {names}")
     (dtype,) = found

@@ -25,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fusion_passes import aten as semantics
 from fusion_passes import cone, rewrite
 from fusion_passes.access import AxisMap, factor_axes
-from fusion_passes.fusion import Because, Context, Fusion, NearMiss, Reason, Refusal, Site
+from fusion_passes.fusion import Because, Context, Fusion, NearMiss, Reason, Refusal, Site, dtype_name
 from fusion_passes.layout import Piece, SubAxis, arrange, refine, sub_axes
 from fusion_passes.ops import gate_cumsum as op
 from fusion_passes.patterns._gate import Gate, identify
@@ -80,9 +80,9 @@ def _root(anchor: Node) -> Node:
 def _chunk_size(anchor: Node, time: int) -> int:
     value = anchor.meta["val"]
     if not value.dtype.is_floating_point:
-        raise NearMiss(f"the cumsum is over {_name(value.dtype)}, not a gate")
+        raise NearMiss(f"the cumsum is over {dtype_name(value.dtype)}, not a gate")
     if value.dtype != torch.float32:
-        raise NearMiss(f"the cumsum accumulates in {_name(value.dtype)}; the kernel in float32")
+        raise NearMiss(f"the cumsum accumulates in {dtype_name(value.dtype)}; the kernel in float32")
     length = value.shape[time]
     for size in op.CHUNK_SIZES:
         if statically_known_true(length == size):
@@ -235,7 +235,7 @@ def _site(
             "sizes": context.sizes[0],
         },
         roundings=gate.roundings,
-        summary=f"{form} of {_name(raw.meta['val'].dtype)}, {per}, chunks of {chunk_size}, times {factor:.6g}",
+        summary=f"{form} of {dtype_name(raw.meta['val'].dtype)}, {per}, chunks of {chunk_size}, times {factor:.6g}",
     )
 
 
@@ -369,10 +369,6 @@ def _as_in_graph(graph: Graph, out: Node, layout: str, axes: Axes, memory: list[
         node = rewrite.call(graph, aten.reshape.default, out, lengths)
     back = [ordered.index(axis) for axis in range(len(shape))]
     return node if back == sorted(back) else rewrite.call(graph, aten.permute.default, node, back)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 FUSION = Fusion(

@@ -21,7 +21,7 @@ from torch.fx import Graph, Node
 
 from fusion_passes import rewrite
 from fusion_passes.access import factor_axes
-from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Refusal, Site
+from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Refusal, Site, dtype_name
 from fusion_passes.layout import SubAxis, arrange, refine, sub_axes
 from fusion_passes.ops import head_gate as op
 from fusion_passes.patterns import _head_gate_scaling as scaling_of
@@ -111,10 +111,10 @@ def _saved_bytes(product: Product, sizes: Sizes) -> int:
 
 
 def _summary(product: Product, scaling: Scaling, scale: float) -> str:
-    x, weight = (_name(side.leaf.meta["val"].dtype) for side in (product.rows, product.weights))
+    x, weight = (dtype_name(side.leaf.meta["val"].dtype) for side in (product.rows, product.weights))
     factors = f"{scale:.6g}" + (" and a scale per row and head" if scaling.q is not None else "")
     size = f"{product.columns} columns to {product.heads} heads"
-    return f"{size}, {x} rows and {weight} weights, times {factors}, {_name(scaling.root.meta['val'].dtype)}"
+    return f"{size}, {x} rows and {weight} weights, times {factors}, {dtype_name(scaling.root.meta['val'].dtype)}"
 
 
 def profit(site: Site, context: Context) -> Reason:
@@ -182,10 +182,6 @@ def _scale_per_row(graph: Graph, product: Product, scaling: Scaling, x: Node, si
     view = arrange(graph, scaling.q, parts, groups)
     lengths = [rewrite.size(graph, x, 0), rewrite.size(graph, x, 1), product.heads]
     return rewrite.call(graph, aten.expand.default, view, lengths)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 FUSION = Fusion(

@@ -23,7 +23,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusion_passes import arch, cone, rewrite
-from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Refusal, Site
+from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Refusal, Site, dtype_name
 from fusion_passes.layout import Piece
 from fusion_passes.ops import index_score as op
 from fusion_passes.ops._index_score_checks import FLOATS, LEAST_WIDTH, MOST_HEADS, MOST_WIDTH, OPERANDS, VECTOR
@@ -189,7 +189,7 @@ def _site(anchor: Node, proven: list[Scores], context: Context) -> Site:
         interior=set(scores.structure.nodes | mask.nodes) | {mask.root},
         params={"scores": scores, "offset": offset, "sizes": sizes},
         roundings=[*total.roundings, *mask.roundings],
-        summary=f"{heads} heads of {width} channels, {_name(dtype)}, {masked} mask, times {scale:.6g}",
+        summary=f"{heads} heads of {width} channels, {dtype_name(dtype)}, {masked} mask, times {scale:.6g}",
         saved_bytes=2 * products * scores.structure.products[0].meta["val"].dtype.itemsize,
     )
 
@@ -237,12 +237,13 @@ def guard(site: Site, context: Context) -> Reason:
         return f"its heads have {width} channels; the kernel reads {fit}"
     q, k = (side.leaf.meta["val"].dtype for side in (roles.query, roles.key))
     if q != k or q not in OPERANDS:
-        return f"its products are of {_name(q)} and {_name(k)}; the kernel takes two of the same float"
+        return f"its products are of {dtype_name(q)} and {dtype_name(k)}; the kernel takes two of the same float"
     for name, leaf in site.leaves.items():
         if name not in ("q", "k", "mask") and leaf.meta["val"].dtype not in FLOATS:
-            return f"{name} is {_name(leaf.meta['val'].dtype)}; the fused op reads {', '.join(map(_name, FLOATS))}"
+            allowed = ", ".join(map(dtype_name, FLOATS))
+            return f"{name} is {dtype_name(leaf.meta['val'].dtype)}; the fused op reads {allowed}"
     if site.replaced.meta["val"].dtype not in FLOATS:
-        return f"its scores are {_name(site.replaced.meta['val'].dtype)}"
+        return f"its scores are {dtype_name(site.replaced.meta['val'].dtype)}"
     device = site.replaced.meta["val"].device
     if device.type != "cuda" and context.settings.reference_on_cpu:
         return None
@@ -337,10 +338,6 @@ def _layout(root: Node, groups: dict[str, list[Piece]], sizes: Sizes) -> str:
 
 def _precision() -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 FUSION = Fusion(

@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusion_passes import arch, rewrite
 from fusion_passes import aten as semantics
-from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Refusal, Site
+from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Refusal, Site, dtype_name
 from fusion_passes.layout import Piece
 from fusion_passes.ops import mla_kv_pack as op
 from fusion_passes.ops._mla_kv_pack_checks import LARGEST_WIDTH, VECTOR
@@ -159,7 +159,8 @@ def _summary(key: Key, value: Value | None) -> str:
     dtype, cast = nope.leaf.meta["val"].dtype, key.root.meta["val"].dtype
     with_value = f" and value of {value.column.size}{_steps(value.steps)}" if value is not None else ""
     heads = key.roles.heads[0].size
-    return f"key of {columns} columns{_steps(key.steps)}{with_value}, {heads} heads, {_name(dtype)} to {_name(cast)}"
+    casts = f"{dtype_name(dtype)} to {dtype_name(cast)}"
+    return f"key of {columns} columns{_steps(key.steps)}{with_value}, {heads} heads, {casts}"
 
 
 def _steps(steps: str) -> str:
@@ -192,8 +193,9 @@ def profit(site: Site, context: Context) -> Reason:
     reasons = (computed_leaf(site), *map(fusible_consumer, site.outputs), written_in_place(site))
     reason = next((reason for reason in reasons if reason is not None), None)
     if reason is None and not is_cast(key):
+        kept = dtype_name(key.root.meta["val"].dtype)
         reason = (
-            f"it stays in {_name(key.root.meta['val'].dtype)}: stock Inductor builds such a key in one launch at the "
+            f"it stays in {kept}: stock Inductor builds such a key in one launch at the "
             "rate of a copy, and there is no value to cast beside it"
         )
     return reason
@@ -307,10 +309,6 @@ def _key_as_in_graph(
             raise Refusal("an axis of symbolic size is divided")
         digits[index] = root[atom.root_axis] if symbolic else atom.size
     return relabel(graph, node, have, per_root_axis(key.root_map), Lengths(digits, leaves))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 FUSION = Fusion(

@@ -20,7 +20,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Refusal, Site
+from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Refusal, Site, dtype_name
 from fusion_passes.ops import qkv_split as op
 from fusion_passes.patterns._qkv_profit import by_neighbours, by_size, consumers
 from fusion_passes.patterns._qkv_view import columns_view
@@ -152,10 +152,10 @@ def _summary(split: Split, dtype: torch.dtype, pitch: int) -> str:
     for heads, dim, repeats in zip(split.heads, split.dims, split.repeats):
         form = f"{heads} x {dim}" if heads > 1 else str(dim)
         parts.append(form + (f" repeated {repeats} times" if repeats > 1 else ""))
-    name = str(dtype).removeprefix("torch.")
     order = "heads before tokens" if split.head_major else "tokens before heads"
     memory = "row by row" if pitch == 1 else "column by column"
-    return f"{len(parts)} windows of {name}, {', '.join(parts)} channels, read {memory}, copied with {order}"
+    windows = f"{len(parts)} windows of {dtype_name(dtype)}, {', '.join(parts)} channels"
+    return f"{windows}, read {memory}, copied with {order}"
 
 
 def guard(site: Site, context: Context) -> Reason:
