@@ -45,7 +45,7 @@ def match(anchor: Node, context: Context) -> Site | None:
     indices = parts.get(INDICES)
     if indices is None or any(user.users for place, user in parts.items() if place != INDICES):
         return None
-    steps = list(_indices(indices))
+    steps = list(_indices(indices, indices.meta["val"].shape[_axis(anchor)]))
     scatters = sorted({user for step in steps for user in step.users} - set(steps))
     for scatter in scatters:
         _check(scatter, anchor, steps)
@@ -79,12 +79,20 @@ def _axis(anchor: Node) -> int:
     return (axis if isinstance(axis, int) else -1) % scores.meta["val"].dim()
 
 
-def _indices(node: Node) -> Iterator[Node]:
-    """The indices, and what they become by casts and copies."""
+def _indices(node: Node, length: int) -> Iterator[Node]:
+    """The indices below `length`, and what they become by copies and by casts that keep them apart."""
     yield node
     for user in node.users:
         if user.target in semantics.CASTS or user.target is aten.clone.default:
-            yield from _indices(user)
+            if _holds(user.meta["val"].dtype, length - 1):
+                yield from _indices(user, length)
+
+
+def _holds(dtype: torch.dtype, largest: int) -> bool:
+    """Are all whole numbers up to `largest` numbers of `dtype`?"""
+    if dtype == torch.bool:
+        return largest <= 1
+    return largest <= (2 / torch.finfo(dtype).eps if dtype.is_floating_point else torch.iinfo(dtype).max)
 
 
 def _check(scatter: Node, anchor: Node, steps: list[Node]) -> None:

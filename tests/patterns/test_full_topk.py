@@ -117,6 +117,23 @@ def test_lookalikes(name: str) -> None:
     torch.testing.assert_close(run_fused(function, x)[0], function(x))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "most"),
+    [(torch.bool, 2), (torch.float8_e4m3fn, 17), (torch.uint8, 256), (torch.bfloat16, 257), (torch.float16, 2049)],
+    ids=str,
+)
+def test_casts_that_merge_positions(dtype: torch.dtype, most: int) -> None:
+    """Indices may be cast to what tells all positions apart: one entry more, and two become one."""
+
+    def function(x: Tensor) -> Tensor:
+        return torch.ones_like(x).scatter(-1, x.topk(x.shape[-1]).indices.to(dtype).long(), 0.0)
+
+    assert_fuses(function, torch.randn(3, most), fusion=NAME, rtol=0.0, atol=0.0)
+    longer = torch.randn(3, most + 1)
+    assert function(longer).any()
+    assert_refuses(function, longer, fusion=NAME, reason="its indices go to convert_element_type")
+
+
 def test_a_symbolic_number_of_entries() -> None:
     """k = n holds for every n, but so would k = min(64, n) at the sizes that are tried."""
     x = scores()
