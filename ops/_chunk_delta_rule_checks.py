@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from fusion_passes.ops._checks import FLOATS
+from fusion_passes.ops._checks import check_shape as _check_shape
+from fusion_passes.ops._checks import known_different as _known_different
+
 Tensor = torch.Tensor
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 GATES = ("log", "softplus", "bounded")
 
 
@@ -122,13 +124,3 @@ def check_bounds(cu_seqlens: Tensor, tokens: int) -> list[int]:
         if end < start:
             raise ValueError(f"cu_seqlens must not decrease, got {start}, {end} at positions {index} and {index + 1}")
     return bounds
-
-
-def _check_shape(name: str, t: Tensor, shape: Sequence[Any], wanted: str) -> None:
-    if t.dim() != len(shape) or any(map(_known_different, t.shape, shape)):
-        raise ValueError(f"{name} must be {wanted} = {list(shape)}, got shape {list(t.shape)}")
-
-
-def _known_different(left: Any, right: Any) -> bool:
-    # Symbolic sizes are not compared: that would add a guard.
-    return isinstance(left, int) and isinstance(right, int) and left != right

@@ -7,17 +7,13 @@ from typing import Any
 
 import torch
 
+from fusion_passes.ops._checks import FLOATS, known_different
+
 Tensor = torch.Tensor
 
 # Batch, chunk, token within the chunk, head, channel: the output's axes by their letters in `layout`.
 LAYOUT_AXES = "bnchk"
 CHUNK_SIZES = (16, 32, 64, 128)
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def _known_different(left: Any, right: Any) -> bool:
-    # Symbolic sizes are not compared: that would add a guard.
-    return isinstance(left, int) and isinstance(right, int) and left != right
 
 
 def _may_hold_bounds(count: Any) -> bool:
@@ -47,7 +43,7 @@ def check_arguments(
             raise TypeError(f"{name} must be bfloat16, float16 or float32, got {t.dtype}")
         if t.device != raw.device:
             raise ValueError(f"{name} must be on the device of raw ({raw.device}), got {t.device}")
-        if t is not raw and (t.dim() != 3 or any(map(_known_different, t.shape, raw.shape[2:]))):
+        if t is not raw and (t.dim() != 3 or any(map(known_different, t.shape, raw.shape[2:]))):
             raise ValueError(f"{name} must be [G, R, K] = {list(raw.shape[2:])} as in raw, got {_shape(t)}")
     if chunk_size not in CHUNK_SIZES:
         raise ValueError(f"chunk_size must be one of {', '.join(map(str, CHUNK_SIZES))}, got {chunk_size}")
@@ -82,17 +78,17 @@ def _check_varlen(raw: Tensor, chunks: int, chunk_size: int, cu_seqlens: Tensor,
             raise ValueError(f"{name} must be on the device of raw ({raw.device}), got {t.device}")
         if not t.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {list(t.stride())}")
-    if _known_different(raw.shape[0], 1):
+    if known_different(raw.shape[0], 1):
         raise ValueError(f"raw must have B = 1 with cu_seqlens (sequences are packed along T), got {_shape(raw)}")
-    if _known_different(chunks, 1):
+    if known_different(chunks, 1):
         raise ValueError(f"chunks must be 1 with cu_seqlens: the output's c axis then holds all tokens, got {chunks}")
     if cu_seqlens.dim() != 1 or not _may_hold_bounds(cu_seqlens.shape[0]):
         raise ValueError(f"cu_seqlens must be [S + 1], the bounds of S sequences, got {_shape(cu_seqlens)}")
     tokens, bounds = raw.shape[1], cu_seqlens.shape[0]
-    if isinstance(bounds, int) and bounds == 1 and _known_different(tokens, 0):
+    if isinstance(bounds, int) and bounds == 1 and known_different(tokens, 0):
         raise ValueError(f"cu_seqlens must end at T = {tokens}, but holds one bound and therefore no sequence")
     if chunk_indices is not None:
-        if chunk_indices.dim() != 2 or _known_different(chunk_indices.shape[1], 2):
+        if chunk_indices.dim() != 2 or known_different(chunk_indices.shape[1], 2):
             raise ValueError(f"chunk_indices must be [NC, 2], (sequence, chunk) pairs, got {_shape(chunk_indices)}")
         count = chunk_indices.shape[0]
         if all(isinstance(n, int) for n in (count, tokens, bounds)):

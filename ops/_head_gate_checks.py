@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
 from fusion_passes.fusion import dtype_name
+from fusion_passes.ops._checks import FLOATS, known_different
 
 Tensor = torch.Tensor
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def _known_different(left: Any, right: Any) -> bool:
-    # Symbolic sizes are not compared: that would add a guard.
-    return isinstance(left, int) and isinstance(right, int) and left != right
 
 
 def check_arguments(
@@ -30,11 +23,11 @@ def check_arguments(
     """
     if x.dim() != 3:
         raise ValueError(f"x must be [B, T, K], got shape {list(x.shape)}")
-    if weight.dim() != 2 or _known_different(weight.shape[1], x.shape[2]):
+    if weight.dim() != 2 or known_different(weight.shape[1], x.shape[2]):
         raise ValueError(f"weight must be [H, K] with K = {x.shape[2]} as in x, got shape {list(weight.shape)}")
     if q_scale is not None:
         wanted = [x.shape[0], x.shape[1], weight.shape[0]]
-        if q_scale.dim() != 3 or any(map(_known_different, q_scale.shape, wanted)):
+        if q_scale.dim() != 3 or any(map(known_different, q_scale.shape, wanted)):
             raise ValueError(f"q_scale must be [B, T, H] = {wanted}, got shape {list(q_scale.shape)}")
     for name, tensor in (("x", x), ("weight", weight), ("q_scale", q_scale)):
         if tensor is None:

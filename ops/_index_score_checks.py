@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from fusion_passes.ops._checks import FLOATS, check_shape, known_different
+
 Tensor = torch.Tensor
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 OPERANDS = (*FLOATS, torch.float8_e4m3fn)
 # What a mask says: none, True where a key is seen, True where it is hidden, a summand, keys up to s + causal_offset.
 MASKS = ("none", "keep", "drop", "add", "causal")
@@ -41,13 +42,13 @@ def check_arguments(
         ("mask", mask, (batch, queries, keys), "[B, S, T]"),
     ):
         if t is not None:
-            _check_shape(name, t, wanted, axes)
+            check_shape(name, t, wanted, axes)
             if t.device != q.device:
                 raise ValueError(f"{name} must be on the device of q ({q.device}), got {t.device}")
     _check_sizes(heads, width)
     _check_dtypes(q, k, w, q_scale, k_scale, dtype)
     for name, t in (("q", q), ("k", k)):
-        if _known_different(t.stride(-1), 1):
+        if known_different(t.stride(-1), 1):
             raise ValueError(f"{name} must have a last stride of 1, got strides {list(t.stride())}")
     _check_mask(mask, mask_kind)
     if precision not in PRECISIONS:
@@ -58,11 +59,6 @@ def check_arguments(
         raise ValueError("fill must be a number or an infinity, got nan")
     if sorted(layout) != ["b", "s", "t"]:
         raise ValueError(f"layout must be the letters b, s and t in the order of the result's memory, got {layout!r}")
-
-
-def _check_shape(name: str, t: Tensor, wanted: tuple[Any, ...], axes: str) -> None:
-    if t.dim() != len(wanted) or any(map(_known_different, t.shape, wanted)):
-        raise ValueError(f"{name} must be {axes} = {list(wanted)}, got shape {list(t.shape)}")
 
 
 def _check_sizes(heads: Any, width: Any) -> None:
@@ -95,8 +91,3 @@ def _check_mask(mask: Tensor | None, kind: str) -> None:
         raise TypeError(f"a mask that is added must be bfloat16, float16 or float32, got {mask.dtype}")
     if mask is not None and kind != "add" and mask.dtype != torch.bool:
         raise TypeError(f"a mask that keeps or drops keys must be bool, got {mask.dtype}")
-
-
-def _known_different(left: Any, right: Any) -> bool:
-    # Symbolic sizes are not compared: that would add a guard.
-    return isinstance(left, int) and isinstance(right, int) and left != right

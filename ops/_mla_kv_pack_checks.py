@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from fusion_passes.ops import _mla_kv_pack_steps as steps_of
+from fusion_passes.ops._checks import FLOATS, known_different
 
 Tensor = torch.Tensor
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 # Order of the axes of an output in memory: batch, tokens, heads, columns.
 LAYOUTS = ("bthd", "bhtd")
@@ -31,9 +30,9 @@ def check_arguments(k_nope: Tensor, k_pe: Tensor, v: Tensor | None, forms: Mappi
     """
     if k_nope.dim() != 4:
         raise ValueError(f"k_nope must be [B, T, H, N], got {_shape(k_nope)}")
-    if k_pe.dim() != 3 or any(map(_known_different, k_pe.shape[:2], k_nope.shape[:2])):
+    if k_pe.dim() != 3 or any(map(known_different, k_pe.shape[:2], k_nope.shape[:2])):
         raise ValueError(f"k_pe must be [B, T, R] with B, T = {list(k_nope.shape[:2])} of k_nope, got {_shape(k_pe)}")
-    if v is not None and (v.dim() != 4 or any(map(_known_different, v.shape[:3], k_nope.shape[:3]))):
+    if v is not None and (v.dim() != 4 or any(map(known_different, v.shape[:3], k_nope.shape[:3]))):
         raise ValueError(f"v must be [B, T, H, V] with B, T, H = {list(k_nope.shape[:3])} of k_nope, got {_shape(v)}")
     for name, t in (("k_nope", k_nope), ("k_pe", k_pe), ("v", v)):
         if t is not None:
@@ -52,7 +51,7 @@ def _check_columns(name: str, t: Tensor, first: Tensor) -> None:
     width = t.shape[-1]
     if isinstance(width, int) and (width % VECTOR or not VECTOR <= width <= LARGEST_WIDTH):
         raise ValueError(f"{name} must have a multiple of {VECTOR} columns, up to {LARGEST_WIDTH}, got {width}")
-    if _known_different(t.stride(-1), 1):
+    if known_different(t.stride(-1), 1):
         raise ValueError(f"{name} must have neighbouring columns (last stride 1), got strides {list(t.stride())}")
 
 
@@ -70,15 +69,10 @@ def _check_form(name: str, scale: Tensor | None, steps: str, dtype: torch.dtype,
             raise ValueError(f"{name}_scale is given, but {name}_steps {steps!r} name no scale")
         if scale.dtype not in FLOATS:
             raise TypeError(f"{name}_scale must be bfloat16, float16 or float32, got {scale.dtype}")
-        if any(map(_known_different, scale.shape, [1] * scale.dim())):
+        if any(map(known_different, scale.shape, [1] * scale.dim())):
             raise ValueError(f"{name}_scale must have one element, got {_shape(scale)}")
         if scale.device != first.device:
             raise ValueError(f"{name}_scale must be on the device of k_nope ({first.device}), got {scale.device}")
-
-
-def _known_different(left: Any, right: Any) -> bool:
-    # Symbolic sizes are not compared: that would add a guard.
-    return isinstance(left, int) and isinstance(right, int) and left != right
 
 
 def _shape(t: Tensor) -> str:

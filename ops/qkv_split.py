@@ -34,6 +34,7 @@ from fusion_passes.lowering import (
     define,
     static,
 )
+from fusion_passes.ops._checks import FLOATS
 from fusion_passes.tuning import Complaint, Parameters, TunedTable
 
 Tensor = torch.Tensor
@@ -42,7 +43,6 @@ SCHEMA = "(Tensor x, int[] heads, int[] dims, int[] repeats, bool head_major) ->
 
 # Windows begin and end at multiples of 16 bytes in every dtype that the op takes.
 GRANULE = 8
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 TABLE = TunedTable(
     "qkv_split", Path(__file__).parent / "tuned" / "qkv_split.json", ("rows", "lanes", "warps")

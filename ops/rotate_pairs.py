@@ -31,8 +31,7 @@ from fusion_passes.lowering import (
     run,
     static,
 )
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+from fusion_passes.ops._checks import FLOATS
 
 # Pairs of one program, and rows below which a program takes fewer, so that there are programs for all of the GPU.
 PAIRS = 2048
