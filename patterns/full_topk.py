@@ -9,6 +9,20 @@ The indices are every position of a row once, in an order that does not matter t
 NaN included. So the result is that constant everywhere, and what computed the scores is dead code. This is what sparse
 attention comes to where a prompt has no more tokens than a query may select (2,048 in DeepSeek-V3.2), and routing where
 all groups of experts are kept.
+
+Near misses:
+
+- indices that go to an operator for which their order matters, such as `gather`
+- a scatter of a tensor, along another axis than that of the selection, or over a part of a tensor only
+
+Nothing is recorded of a `topk` of fewer than all entries, of a symbolic number of entries, or whose values are read.
+
+Refused:
+
+- the indices are needed elsewhere, or saved for the backward pass
+
+Gains: the sort, and all that only its scores needed: the projections, products and reductions of an indexer. There is
+no fused op and nothing to tune: a constant takes the place of the subgraph.
 """
 
 from __future__ import annotations
@@ -31,11 +45,12 @@ VALUES, INDICES = 0, 1
 
 def selects_all(anchor: Node) -> bool:
     """Is k the length of the axis, known when the graph is compiled?"""
-    scores = _argument(anchor, 0, "self")
+    given = semantics.arguments(anchor)
+    scores, k = given["self"], given["k"]
     value = scores.meta.get("val") if isinstance(scores, Node) else None
     if not isinstance(value, torch.Tensor) or value.dim() == 0:
         return False
-    k, length = _argument(anchor, 1, "k"), value.shape[_axis(anchor)]
+    length = value.shape[_axis(anchor)]
     return isinstance(k, int) and isinstance(length, int) and k == length
 
 
@@ -51,8 +66,7 @@ def match(anchor: Node, context: Context) -> Site | None:
         _check(scatter, anchor, steps)
     if not scatters:
         return None
-    scores = _argument(anchor, 0, "self")
-    assert isinstance(scores, Node)
+    scores: Node = semantics.arguments(anchor)["self"]
     bases = {f"base_{n}": base for n, s in enumerate(scatters) if isinstance(base := s.args[0], Node)}
     sizes = context.sizes[0]
     length = scores.meta["val"].shape[_axis(anchor)]
@@ -68,15 +82,10 @@ def match(anchor: Node, context: Context) -> Site | None:
     )
 
 
-def _argument(node: Node, position: int, name: str) -> object:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
-
-
 def _axis(anchor: Node) -> int:
-    axis = _argument(anchor, 2, "dim")
-    scores = _argument(anchor, 0, "self")
-    assert isinstance(scores, Node)
-    return (axis if isinstance(axis, int) else -1) % scores.meta["val"].dim()
+    given = semantics.arguments(anchor)
+    axis: int = given["dim"]
+    return axis % given["self"].meta["val"].dim()
 
 
 def _indices(node: Node, length: int) -> Iterator[Node]:
