@@ -24,7 +24,7 @@ from fusion_passes import (
     records,
 )
 from fusion_passes.graph_pass import FusionPass, compose
-from fusion_passes.settings import snapshot, split_options
+from fusion_passes.settings import named, snapshot, split_options
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def options(**own: Any) -> dict[str, Any]:
         ValueError: an unknown setting or fusion name.
         TypeError: a setting has the wrong type.
     """
-    settings = snapshot(split_options({f"fusion_passes.{name}": value for name, value in own.items()})[0])
+    settings = named(**own)
     slot = getattr(inductor_config, SLOT)
     if settings.enabled is False:
         return {SLOT: slot} if slot is not None else {}

@@ -7,7 +7,7 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from fusion_passes.graph_pass import FusionPass
-from fusion_passes.settings import snapshot, split_options
+from fusion_passes.settings import named
 
 
 def apply(program: ExportedProgram, **own: Any) -> ExportedProgram:
@@ -31,7 +31,7 @@ def apply(program: ExportedProgram, **own: Any) -> ExportedProgram:
 
     if not isinstance(program, ExportedProgram):
         raise TypeError(f"program must be an ExportedProgram of torch.export.export, got {type(program).__name__}")
-    settings = snapshot(split_options({f"fusion_passes.{name}": value for name, value in own.items()})[0])
+    settings = named(**own)
     if settings.enabled is False:
         return program
     decomposed = program.run_decompositions(select_decomp_table())

@@ -87,6 +87,16 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], di
     return own, inductor
 
 
+def named(**own: Any) -> Settings:
+    """The settings in force in this thread, with keyword arguments by their short names on top.
+
+    Raises:
+        ValueError: an argument is not the name of a setting; the message lists the valid ones as options.
+        TypeError: a value has the wrong type.
+    """
+    return snapshot(split_options({OPTION_PREFIX + name: value for name, value in own.items()})[0])
+
+
 def _unknown(key: str, name: str, known: set[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {OPTION_PREFIX + close[0]!r}?" if close else ""
