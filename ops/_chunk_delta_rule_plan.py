@@ -1,8 +1,18 @@
 """The launches of `chunk_delta_rule`: prologue, with few heads a summary of the segments, and scan.
 
-Launch parameters (`ops/tuned/chunk_delta_rule.json`, the setting `launch`): warps of the prologue and of the scan,
-the columns of the state that a program of the scan holds, its pipeline stages, and the number of segments (0: from the
-number of programs). Nothing is ever timed on the caller's tensors.
+Launch parameters:
+    prologue_warps: of a program of the prologue, which has one chunk of one value head.
+    scan_warps: of a program of the scan.
+    columns: columns of the state that a program of the scan holds.
+    stages: of the scan's software pipeline.
+    segments: parts into which a sequence is cut for the scan; 0 to choose by the number of programs.
+
+Shape classes, by chunks of a sequence:
+    per_head: one decay per head.
+    per_channel: one decay per channel of the key.
+    per_head_few, per_channel_few: likewise, with too few heads and sequences to fill the GPU.
+
+Nothing is ever timed on the caller's tensors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,13 @@
 """The launch of `delta_rule_intra`.
 
-Launch parameters (`ops/tuned/delta_rule_intra.json`, the setting `launch`): warps, and the channels of keys and of
-values that a program handles at a time. The table's sizes are tiles of 64 tokens times value heads.
+Launch parameters:
+    warps: of a program, which has a tile of 64 tokens of one value head.
+    key_block: channels of the keys that a program handles at a time.
+    value_block: channels of the values that a program handles at a time.
+
+Shape classes, by tiles times value heads:
+    per_head: one decay per head.
+    per_channel: one decay per channel of the key.
 """
 
 from __future__ import annotations

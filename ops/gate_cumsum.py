@@ -13,6 +13,17 @@ One pass over memory: 6 bytes per element of bfloat16 input. Against float64 the
 part in a million at worst, and the sums by float32's rounding.
 
 Dims: B batch, T tokens, G groups and R heads of each (H = G * R heads), K channels, C chunk size, N chunks.
+
+Launch parameters:
+    rows: tokens that are summed up together: those of a segment (`serial`), or those of a tile.
+    lanes: channels of a head, or heads where a gate has one number per head, of a program.
+    warps: of a program.
+    serial: 1 for segments that threads add up one token after the other, 0 for parallel scans of tiles.
+
+Shape classes, by elements of `raw`:
+    channel: one gate per channel.
+    head: one gate per head, neighbouring heads next to each other in the result.
+    head_transposed: one gate per head, neighbouring tokens next to each other in the result.
 """
 
 from __future__ import annotations

@@ -16,6 +16,21 @@ One pass over memory, one launch: x and the weights once, at any number of rows.
 the depth; the order of their sums is fixed, so that results are the same from run to run.
 
 Dims: B batch, T tokens, H heads, K columns (the width of the model).
+
+Launch parameters:
+    rows: rows of a tile.
+    heads: heads of a tile.
+    depth: columns of x that a step multiplies.
+    splits: programs that share a tile at most, each with a part of the columns.
+    warps: of a program.
+    stages: of the software pipeline that loads steps ahead.
+    tensor: 1 for tensor cores, 0 for a dot product per row and head.
+
+Shape classes, by rows:
+    half: x and weights have the same 16-bit dtype.
+    split: one is bfloat16, the other float32.
+    float32: any other pair of dtypes.
+    half_symbolic, split_symbolic, float32_symbolic: likewise, with rows that are known at run time only.
 """
 
 from __future__ import annotations

@@ -17,6 +17,19 @@ score is NaN, +inf or beyond 1e31. "causal" hides t > s + causal_offset without 
 that are hidden entirely cost no product.
 
 Dims: B batch, S queries, T keys, H heads, D channels.
+
+Launch parameters:
+    keys: keys of a program, which it keeps on the chip.
+    queries: queries that a program walks over.
+    columns: queries times heads of one matrix product.
+    warps: of a program.
+    stages: of the software pipeline that loads queries ahead.
+
+Shape classes, by queries of all sequences:
+    half: bfloat16 and float16.
+    float8: float8_e4m3fn.
+    single: float32.
+    half_decode, float8_decode, single_decode: likewise, up to 16 queries per sequence.
 """
 
 from __future__ import annotations

@@ -17,6 +17,15 @@ PyTorch: 1e6 and infinity become 448 (e4m3fn) or 57344 (e5m2), NaN stays NaN. Ea
 One pass over memory: 832 bytes per token and head of 128 + 64 and 128 columns of bfloat16, and k_pe once per token.
 
 Dims: B batch, T tokens, H heads, N, R, V columns of k_nope, k_pe and v.
+
+Launch parameters:
+    rows: heads of one token, or with `flat` pairs of token and head, of a program.
+    warps: of a program.
+    flat: 1 for programs that take pairs of token and head in order, 0 for programs that take heads of one token.
+    pdl: 1 for programmatic dependent launch, on GPUs that have it and where the op is called by itself.
+
+Shape classes, by tokens times heads:
+    pack: all.
 """
 
 from __future__ import annotations

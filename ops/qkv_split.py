@@ -9,6 +9,16 @@ the windows follow each other without gaps and cover x. Heads may come before to
 One pass over memory. Values are moved, not computed: results are equal to the input bit by bit.
 
 Dims: B batch, T tokens, D columns, H heads, R repeats, K channels of a head.
+
+Launch parameters:
+    rows: tokens of a tile.
+    lanes: columns of a tile.
+    warps: of a program.
+
+Shape classes, by elements of `x`:
+    rows: neighbouring columns are neighbours in memory.
+    transposed: neighbouring tokens are.
+    unaligned: likewise, and columns do not begin at multiples of 16 bytes.
 """
 
 from __future__ import annotations

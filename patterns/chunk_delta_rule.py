@@ -4,7 +4,24 @@ Found: a result [B, T, H, V] that is put together from chunks of 16 to 128 token
 model was traced, where every chunk reads rows of q, k, v, a log decay and beta, and hands one state on to the next. How
 a chunk is computed (triangular solve, forward substitution, inverse, loops over columns) does not matter: a chunk is
 evaluated as it stands and compared with the recurrence, token by token. See `_delta_rule_proof` for what is proved and
-how.
+how. The gate, the l2 norms of q and k, the sigmoid of beta, repeated key heads, an initial and a final state and
+strided operands are part of the op.
+
+Near misses:
+
+- a symbolic number of tokens: the loop over chunks is not in the graph (`transformers.bind` serves Hugging Face models
+  there, `delta_rule_intra` other ones)
+- a step that differs from the others, mixes heads, clamps a value, or reads more than one state of an earlier chunk
+- sums or matrix products that are rounded to bfloat16, where the kernel keeps float32
+- operands beside q, k, v, one gate and beta, or that have no row per token and head
+
+Refused:
+
+- K or V other than 64, 96, 128, 192 and 256
+- intermediates that are needed elsewhere, or saved for the backward pass
+
+Gains: two or three launches in place of hundreds, no tensor of chunk products in memory, and a graph without the
+unrolled loop, which compiles in less time.
 """
 
 from __future__ import annotations

@@ -6,7 +6,22 @@ Found: from the sums of log decays within chunks of 16, 32 or 64 tokens, the res
     (I + L) u = beta v,  (I + L) w = beta k exp G,  L_ij = beta_i sum_k k_i k_j exp(G_i - G_j)  (j < i)
 
 however it is solved (triangular solve, forward substitution, inverse, products) and spelled; with them, where the graph
-has them, the pairs of queries and keys. Everything is decided by evaluating the graph (`_intra_proof`).
+has them, the pairs of queries and keys, of all chunks or chunk by chunk. One decay per head or per channel; u and w
+solved apart or together. Everything is decided by evaluating the graph (`_intra_proof`).
+
+Near misses:
+
+- systems that read anything but rows of k, v and beta and one sum of decays
+- operators that mix heads, batches or chunks, that clamp a value, or that round it on the way
+
+Refused:
+
+- chunks of 128 tokens, and a symbolic number of heads
+- K or V other than 64, 128 and 256 on a GPU
+- inverses or decays that are needed elsewhere, or saved for the backward pass
+
+Gains: one launch in place of 14 (a decay per head) to 100 (per channel). The decays between tokens, 64 per token and
+head or channel, never go to memory.
 """
 
 from __future__ import annotations

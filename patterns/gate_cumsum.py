@@ -8,7 +8,24 @@ Found: any subgraph that ends in a float32 `cumsum` over an axis of 16, 32, 64 o
 
 whatever the spelling. `raw` is the one tensor that depends on time, `A_log` and `bias` are per head or per
 channel, `s` is solved for. Axes are identified by how the cumsum's input reads its leaves, the formula by
-evaluating it at random places (see `fusion_passes.probe`).
+evaluating it at random places (see `fusion_passes.probe`). The last chunk may be padded.
+
+Near misses:
+
+- sums in another dtype than float32, over another number of positions, or over a sequence that is not cut into chunks
+- a gate that is reversed in time, or computed from anything else than one tensor per token, a factor and a bias
+- values that depend on the position itself, and padding anywhere but behind the last token
+
+Refused:
+
+- a symbolic number of heads or channels; tokens and batch may be symbolic
+- the gate itself is needed elsewhere, or saved for the backward pass
+- heads or tokens that are not one axis of the tensors, so that the kernel cannot address them
+
+Not worth it: `raw` is computed by a pointwise operator, which Inductor fuses with the gate.
+
+Gains: one pass over memory in place of a gate and a scan: `raw` is read once, the sums are written once. Where the gate
+is a small part of a model, so is the gain.
 """
 
 from __future__ import annotations

@@ -7,7 +7,24 @@ Found: any subgraph that computes, for queries s and keys t of any number of seq
 whatever the spelling: matmul, einsum or bmm, the heads summed up by `sum`, by a product with the weights as a row, or
 by a loop; with float8 operands and the scales of their rows; and with a mask: bits, a summand, or a comparison of
 positions, which the kernel then needs no memory for. The structure says which products there are, where their operands
-are read says what the axes mean, and values at random places have to agree with the formula.
+are read says what the axes mean, and values at random places have to agree with the formula. All sizes but heads and
+channels may be symbolic.
+
+Near misses:
+
+- another activation than relu, or no weights
+- keys that differ from head to head, weights that depend on the key, a mask that depends on the head
+- a single head, heads that are not all read, or products of a part of the channels
+
+Refused:
+
+- a scale that is not positive
+- scores per head that are needed elsewhere
+- more than 128 heads, more than 256 channels or no multiple of 8
+- what a GPU cannot hold in shared memory, such as 128 heads of 192 channels in float32
+- float8 on GPUs before sm_89 and on AMD GPUs, which have no such products
+
+Gains: one launch and no [S, H, T] tensor. Blocks that the mask hides cost no product, and a causal mask no memory.
 """
 
 from __future__ import annotations

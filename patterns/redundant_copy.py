@@ -12,6 +12,23 @@ Found:
 Values are followed through views and writes as windows of a tensor after a sequence of writes, so that it does not
 matter how the code is spelled. No result newly shares memory with an input or another result, and no reader sees
 another state than it did.
+
+Near misses:
+
+- parts that are moved, swapped, repeated, incomplete, or were overwritten in between
+- writes into tensors of the graph's own, which are no input
+
+Refused:
+
+- the result would share memory with an input or with another result that is returned
+- memory that another operator needs as it was, or that is written between the read and the use
+- a part that cannot be shown as pairs or as a slice without a copy; a rotation whose values are also used elsewhere
+
+Not worth it: a cache so small that rewriting it costs less than a launch per write; a single write, which stock makes
+in place; the rotation of a product of few tokens.
+
+Gains: no copy. Of a cache only the rows that change are touched; a rotation takes one launch where stock Inductor has
+two and a buffer. It is right where stock Inductor is not: `x[1:] = x[:-1].clone()`.
 """
 
 from __future__ import annotations
