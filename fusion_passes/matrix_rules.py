@@ -147,11 +147,11 @@ def _solve_triangular(node: Node, index: Tensor, ev: Evaluator) -> Computation:
     a_index = _batches(used, shape[:-2], matrix, ev)[:, None] * size * size + triangle
     entries = yield matrix, a_index.reshape(-1)
     a = torch.zeros(used.numel(), size * size, dtype=torch.float64)
-    a[:, triangle] = entries.reshape(used.numel(), -1)
+    a[:, triangle] = entries.reshape(used.numel(), -1).double()
     a = a.reshape(-1, size, size)
     stride, step = (1, columns) if left else (columns, 1)
     first = _batches(line // lines, shape[:-2], right, ev) * rows * columns + line % lines * stride
-    b = (yield right, (first[:, None] + torch.arange(size) * step).reshape(-1)).reshape(-1, size)
+    b = (yield right, (first[:, None] + torch.arange(size) * step).reshape(-1)).reshape(-1, size).double()
     solved = torch.empty_like(b)
     for i in range(used.numel()):
         mine = used_of == i

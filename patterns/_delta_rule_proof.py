@@ -2,7 +2,7 @@
 
 1. Batches, heads and chunks are treated in parallel (`_parallel_axes`) up to one state that each chunk hands on to the
    next, and steps are the same graph with the chunk's number moved by one (`_delta_rule_steps`).
-2. The subgraph is analytic in its data (`_delta_rule_region`).
+2. The subgraph is analytic in its data (`_delta_rule_region`), and bends where a delta rule does (`_delta_rule_bends`).
 3. One chunk of each kind of step, of one batch and head, is evaluated in float64 on random operands and a random state.
    All its outputs and the whole state after it equal those of the recurrence, token by token.
 
@@ -24,6 +24,7 @@ from fusion_passes.fusion import NearMiss
 from fusion_passes.patterns import _delta_rule_region as regions
 from fusion_passes.patterns._axis_factors import PLAIN, Dim, Factor, Layout, flat, normal
 from fusion_passes.patterns._chunk_assembly import Assembly
+from fusion_passes.patterns._delta_rule_bends import check_bends
 from fusion_passes.patterns._delta_rule_region import Region
 from fusion_passes.patterns._delta_rule_steps import same_step, states
 from fusion_passes.patterns._delta_rule_values import ChunkValues, Loop, Step
@@ -161,6 +162,8 @@ class _Proof:
             elif self._scale(found, step, found.scale) is None:
                 raise NearMiss(f"chunk {index} is not computed by the rule of chunk {steps[0]}")
         assert found is not None
+        q, k, _, g, _ = (1 << position for position in found.roles)
+        check_bends(self.loop.region.nodes, self.depends, g, (q, k))
         return dataclasses.replace(found, final=self._final(found, values))
 
     def _steps(self) -> list[int]:

@@ -15,6 +15,7 @@ from torch.fx import Node
 from fusion_passes import aten as semantics
 from fusion_passes.fusion import NearMiss
 from fusion_passes.patterns._axis_factors import flat
+from fusion_passes.patterns._delta_rule_bends import check_bends
 from fusion_passes.patterns._delta_rule_proof import _equal
 from fusion_passes.patterns._delta_rule_region import Leaf, check_arithmetic
 from fusion_passes.patterns._delta_rule_steps import same_step
@@ -128,6 +129,7 @@ def _proved(ends: Sequence[Node], found: Parts, tokens: Tokens, meaning: Meaning
         if scale is None or not _equal(actual, scale * wanted):
             return None
     assert scale is not None
+    check_bends(nodes, depends, depends[frame.sums], [depends[leaf.node] for leaf in (queries[0], key)])
     ordered = tuple(by_chunk[chunk] for chunk in sorted(by_chunk))
     inside = frozenset(node for node in nodes if depends[node])
     return Pairs(queries[0], scale, ordered, order, inside, tuple(roundings))

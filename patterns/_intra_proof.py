@@ -1,8 +1,8 @@
 """The proof that a subgraph is the intra-chunk part of a delta rule, whatever its spelling.
 
 Batches, heads and chunks are treated in parallel (`_parallel_axes`), and the subgraph is analytic in its data
-(`_delta_rule_region`). A chunk of one batch and head, and the last one, which padding may reach, are evaluated in
-float64 on random operands; all values of the results equal those of the definition.
+(`_delta_rule_region`, `_delta_rule_bends`). A chunk of one batch and head, and the last one, which padding may reach,
+are evaluated in float64 on random operands; all values of the results equal those of the definition.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fusion_passes.evaluate import Leaf as Values
 from fusion_passes.fusion import NearMiss
 from fusion_passes.patterns import _delta_rule_region as regions
 from fusion_passes.patterns._axis_factors import CHUNKS, PLAIN, Factor, flat, normal
+from fusion_passes.patterns._delta_rule_bends import check_bends
 from fusion_passes.patterns._delta_rule_proof import _equal
 from fusion_passes.patterns._delta_rule_region import Leaf
 from fusion_passes.patterns._delta_rule_values import BUDGET, _draw, _fills, _small_constants, _takes_root
@@ -95,6 +96,8 @@ def _meaning(found: Parts, sizes: Sizes, briefly: bool) -> Meaning:
             names = ", ".join(f"{role} = {leaf.node.name}" for role, leaf in found.leaves.items())
             what = " and ".join(node.name for node in found.results)
             raise NearMiss(f"{what}: chunk {chunk} is not (I + L)^-1 (beta v) and (I + L)^-1 (beta k exp G), {names}")
+    depends = found.region.depends
+    check_bends(found.region.nodes, depends, depends[found.frame.sums], [depends[found.leaves["k"].node]])
     return Meaning(epsilons[0], orders, forms[0])
 
 

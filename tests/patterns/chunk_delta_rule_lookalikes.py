@@ -149,6 +149,13 @@ CHANGES: dict[str, tuple[dict[str, Change], str]] = {
         {"chunks": _with_chunks(g=lambda g: torch.where(g < -60, 0.0, g))}, "is no part of a delta rule"
     ),
     "beta_rounded": ({"chunks": _with_chunks(beta=torch.round)}, "is no part of a delta rule"),
+    "beta_without_its_sign": (
+        {"chunks": _with_chunks(beta=lambda b: (b * b).sqrt())}, "is of something else than in a delta rule"
+    ),
+    "values_hidden_far_away": (
+        {"chunks": _with_chunks(v=lambda v: v * torch.sigmoid(1e4 * (v + 3)))},
+        "is of something else than in a delta rule",
+    ),
     "epsilon_beside_the_root": (
         {"chunks": _with_chunks(q=(unit := lambda x: x / ((x * x).sum(-1, keepdim=True).sqrt() + 1e-6)), k=unit)},
         "is no step of a delta rule",

@@ -97,6 +97,7 @@ def _unit(eps: float) -> Change:
 
 
 NOT = "is not (I + L)^-1 (beta v) and (I + L)^-1 (beta k exp G)"
+BENT = "is of something else than in a delta rule"
 CHANGES: dict[str, tuple[dict[str, Change], str]] = {
     "sums_over_the_sequence": ({"sums": lambda s, g: g.flatten(2).cumsum(-1).unflatten(2, (-1, CHUNK))}, ""),
     "sums_of_later_tokens": ({"sums": lambda s, g: s[..., -1:] - s}, NOT),
@@ -138,6 +139,11 @@ CHANGES: dict[str, tuple[dict[str, Change], str]] = {
     "decay_is_clamped": ({"between": lambda b: b.clamp(min=1e-3)}, "is no part of a delta rule"),
     "keys_by_their_value": ({"chunks": _of(k=lambda x: torch.where(x > 9, 0.0, x))}, "is no part of a delta rule"),
     "beta_rounded": ({"chunks": _of(beta=torch.round)}, "is no part of a delta rule"),
+    "beta_without_its_sign": ({"chunks": _of(beta=lambda b: (b * b).sqrt())}, BENT),
+    "beta_without_its_sign_by_powers": ({"chunks": _of(beta=lambda b: b.pow(2).pow(0.5))}, BENT),
+    "keys_bounded_far_away": ({"chunks": _of(k=lambda k: (k + 100).square().sqrt() - 100)}, BENT),
+    "values_hidden_far_away": ({"chunks": _of(v=lambda v: v * torch.sigmoid(1e4 * (v + 3)))}, BENT),
+    "large_values_that_grow": ({"chunks": _of(v=lambda v: v + torch.exp(20 * v - 500))}, BENT),
     "epsilon_beside_the_root": (
         {"chunks": _of(k=lambda x: x / ((x * x).sum(-1, keepdim=True).sqrt() + 1e-6))}, NOT
     ),

@@ -90,6 +90,11 @@ def solved(system: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(system, eye, upper=False, unitriangular=True)
 
 
+def _integer_identity(system: Tensor) -> Tensor:
+    eye = torch.eye(system.shape[-1], dtype=torch.int64).expand_as(system)
+    return torch.linalg.solve_triangular(system, eye, upper=False, unitriangular=True)
+
+
 def _full_rows(system: Tensor) -> Tensor:
     """Forward substitution with whole rows, later columns being zero."""
     inverse = -system
@@ -124,6 +129,7 @@ def _blocked(system: Tensor) -> Tensor:
 
 SPELLINGS |= {
     "identity_right_hand_side": Spelling(inverted(solved)),
+    "integer_right_hand_side": Spelling(inverted(_integer_identity)),
     "forward_substitution": Spelling(inverted(substituted)),
     "whole_rows": Spelling(inverted(_full_rows)),
     "eliminated_by_columns": Spelling(inverted(_by_columns)),
