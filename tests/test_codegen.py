@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import torch
 from fusion_passes.lowering import inlining
 from fusion_passes.ops import gate_cumsum as gate_module
 from tests.support import fake_cuda
+from tests.support.fake_cuda import allocated, body, launches
 
 OP = torch.ops.fusion_passes.gate_cumsum.default
 
@@ -18,15 +18,6 @@ OP = torch.ops.fusion_passes.gate_cumsum.default
 @pytest.fixture(autouse=True)
 def _supported() -> None:
     fake_cuda.require()
-
-
-def body(code: str) -> list[str]:
-    """The statements of the wrapper's `call`."""
-    return [line.strip() for line in code[code.index("def call(") :].splitlines()]
-
-
-def launches(code: str, kernel: str) -> list[str]:
-    return [line for line in body(code) if re.match(rf"{kernel}\w*\.run\(", line)]
 
 
 def layer(x: torch.Tensor, weight: torch.Tensor, a_log: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -54,8 +45,7 @@ def test_one_launch_and_no_copies(dynamic: tuple[int, ...]) -> None:
     assert len(launches(code, "triton_")) == 1, body(code)
     assert len([line for line in body(code) if "extern_kernels.mm(" in line]) == 1
     assert not any(word in code for word in ("clone", "copy_(", "aten.copy"))
-    allocations = [line for line in body(code) if "= empty_strided_cuda" in line]
-    assert len(allocations) <= 3, allocations
+    assert len(allocated(code)) <= 3, allocated(code)
 
 
 def test_buffers_are_passed_without_new_views() -> None:
@@ -114,19 +104,6 @@ def test_the_op_has_a_lowering() -> None:
 
 
 def test_only_the_output_counts_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Triton's analysis fails, Inductor takes every input for written, and copies what is needed later."""
-    from torch._inductor import ir
-
-    written: list[list[str]] = []
-    construct = ir.UserDefinedTritonKernel.__init__
-
-    def spy(self: ir.UserDefinedTritonKernel, **kwargs: Any) -> None:
-        construct(self, **kwargs)
-        names = {
-            value.get_name(): name for name, value in kwargs["kernel_args"].items() if isinstance(value, ir.TensorBox)
-        }
-        written.append([names[argument.get_name()] for argument in self.mutable_args])
-
-    monkeypatch.setattr(ir.UserDefinedTritonKernel, "__init__", spy)
+    written = fake_cuda.written_arguments(monkeypatch)
     fake_cuda.wrapper_code(layer, arguments())
     assert written == [["out_ptr"]]

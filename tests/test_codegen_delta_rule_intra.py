@@ -15,7 +15,7 @@ from fusion_passes.settings import snapshot
 from tests.patterns.delta_rule_intra_spellings import SPELLINGS
 from tests.support import fake_cuda
 from tests.support.delta_rule import operands
-from tests.test_codegen import body, launches
+from tests.support.fake_cuda import allocated, body, launches
 
 KERNEL, STOCK = "intra_per_", "triton_"
 
@@ -47,10 +47,6 @@ def code_of(name: str, rounded: bool = False) -> str:
     return fake_cuda.wrapper_code(run, args, options=options)
 
 
-def allocated(code: str) -> list[str]:
-    return [line for line in body(code) if "= empty_strided_cuda" in line]
-
-
 @pytest.mark.parametrize("rounded", [False, True])
 def test_one_launch_for_two_systems_and_pairs(rounded: bool) -> None:
     code = code_of("solved_apart", rounded)
@@ -79,17 +75,6 @@ def test_symbolic_tokens_and_chunks() -> None:
 
 
 def test_only_the_results_count_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Triton's analysis fails, Inductor takes every input for written, and copies what is needed later."""
-    from torch._inductor import ir
-
-    found: list[set[str]] = []
-    construct = ir.UserDefinedTritonKernel.__init__
-
-    def spy(self: ir.UserDefinedTritonKernel, **kwargs: Any) -> None:
-        construct(self, **kwargs)
-        names = {v.get_name(): name for name, v in kwargs["kernel_args"].items() if isinstance(v, ir.TensorBox)}
-        found.append({names[argument.get_name()] for argument in self.mutable_args})
-
-    monkeypatch.setattr(ir.UserDefinedTritonKernel, "__init__", spy)
+    written = fake_cuda.written_arguments(monkeypatch)
     code_of("solved_apart")
-    assert found == [{"u_ptr", "w_ptr", "pairs_ptr"}]
+    assert written == [["pairs_ptr", "u_ptr", "w_ptr"]]

@@ -14,6 +14,7 @@ from fusion_passes.graph_pass import FusionPass
 from fusion_passes.ops._head_gate_kernel import TOKEN
 from fusion_passes.settings import snapshot
 from tests.support import fake_cuda
+from tests.support.fake_cuda import allocated, body
 
 COLUMNS, HEADS = 7168, 64
 
@@ -48,16 +49,8 @@ def code_of(function: Callable[..., Any], args: list[Tensor], dynamic: tuple[int
     return fake_cuda.wrapper_code(function, args, dynamic=dynamic, options={"post_grad_custom_pre_pass": ours})
 
 
-def body(code: str) -> list[str]:
-    return [line.strip() for line in code[code.index("def call(") :].splitlines()]
-
-
 def launches(code: str) -> list[str]:
     return [line for line in body(code) if ".run(" in line or "extern_kernels." in line]
-
-
-def allocations(code: str) -> list[str]:
-    return [line for line in body(code) if "= empty_strided_cuda(" in line]
 
 
 @pytest.mark.parametrize(
@@ -76,13 +69,13 @@ def test_one_launch_and_no_upcast_copy(weights: torch.dtype, tokens: int, dynami
     assert launch.startswith("head_gate_row_kernel" if tokens == 1 else "head_gate_kernel")
     assert "torch.ops.fusion_passes" not in code
     # The result, and where programs share the depth their sums and flags.
-    assert len(allocations(code)) == (1 if tokens == 1 else 3)
-    assert not [line for line in allocations(code) if str(COLUMNS) in line]
+    assert len(allocated(code)) == (1 if tokens == 1 else 3)
+    assert not [line for line in allocated(code) if str(COLUMNS) in line]
 
 
 def test_without_the_pass_there_is_a_copy_and_a_pointwise_launch() -> None:
     code = fake_cuda.wrapper_code(hugging_face, arguments(64, torch.float32))
-    assert len(launches(code)) == 3 and [line for line in allocations(code) if str(COLUMNS) in line]
+    assert len(launches(code)) == 3 and [line for line in allocated(code) if str(COLUMNS) in line]
 
 
 @pytest.mark.parametrize("dynamic", [(), (0, 2)])
@@ -103,7 +96,7 @@ def test_heads_first() -> None:
 
 def test_scratch_memory_of_a_symbolic_number_of_rows() -> None:
     code = code_of(hugging_face, arguments(2048, torch.bfloat16), (0,))
-    part, flag = (line for line in allocations(code) if "max(132" in line.replace("Max(", "max(").lower())
+    part, flag = (line for line in allocated(code) if "max(132" in line.replace("Max(", "max(").lower())
     assert "torch.float32" in part and "torch.int64" in flag
     assert f"{TOKEN.value}" in code or hex(TOKEN.value) in code
 
@@ -115,19 +108,7 @@ def test_strides_of_a_compiled_graph_are_constants() -> None:
 
 
 def test_only_the_result_and_scratch_count_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Triton's analysis fails, Inductor takes every input for written, and copies what is needed later."""
-    from torch._inductor import ir
-
-    written: list[list[str]] = []
-    construct = ir.UserDefinedTritonKernel.__init__
-
-    def spy(self: ir.UserDefinedTritonKernel, **kwargs: Any) -> None:
-        construct(self, **kwargs)
-        tensors = ((name, v) for name, v in kwargs["kernel_args"].items() if isinstance(v, ir.TensorBox))
-        names: dict[str, str] = {value.get_name(): name for name, value in tensors}
-        written.append(sorted(names[argument.get_name()] for argument in self.mutable_args))
-
-    monkeypatch.setattr(ir.UserDefinedTritonKernel, "__init__", spy)
+    written = fake_cuda.written_arguments(monkeypatch)
     code_of(hugging_face, arguments(64, torch.bfloat16))
     assert written == [["flag_ptr", "out_ptr", "part_ptr"]]
     code_of(hugging_face, arguments(1, torch.bfloat16))

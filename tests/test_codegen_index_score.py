@@ -15,7 +15,7 @@ from torch import Tensor
 from fusion_passes.graph_pass import FusionPass
 from fusion_passes.settings import snapshot
 from tests.support import fake_cuda
-from tests.test_codegen import body, launches
+from tests.support.fake_cuda import allocated, body, launches
 
 KERNEL = "index_score_kernel"
 BATCH, QUERIES, KEYS, HEADS, WIDTH = 2, 96, 160, 16, 64
@@ -62,10 +62,6 @@ def code_of(function: Callable[..., Any], args: list[Tensor], dynamic: tuple[int
     # Constants are folded on the device, which is not there.
     options = {"post_grad_custom_pre_pass": chosen, "joint_graph_constant_folding": False}
     return fake_cuda.wrapper_code(function, args, dynamic=dynamic, options=options)
-
-
-def allocated(code: str) -> list[str]:
-    return [line for line in body(code) if "= empty_strided_cuda(" in line]
 
 
 def constants(code: str) -> dict[str, Any]:
@@ -115,17 +111,6 @@ def test_a_window_of_a_projection_is_read_in_place() -> None:
 
 
 def test_only_the_scores_count_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Triton's analysis fails, Inductor takes every input for written, and copies what is needed later."""
-    from torch._inductor import ir
-
-    written: list[set[str]] = []
-    construct = ir.UserDefinedTritonKernel.__init__
-
-    def spy(self: ir.UserDefinedTritonKernel, **kwargs: Any) -> None:
-        construct(self, **kwargs)
-        names = {v.get_name(): name for name, v in kwargs["kernel_args"].items() if isinstance(v, ir.TensorBox)}
-        written.append({names[argument.get_name()] for argument in self.mutable_args})
-
-    monkeypatch.setattr(ir.UserDefinedTritonKernel, "__init__", spy)
+    written = fake_cuda.written_arguments(monkeypatch)
     code_of(by_mask, arguments())
-    assert written == [{"out_ptr"}]
+    assert written == [["out_ptr"]]

@@ -12,6 +12,7 @@ from torch import Tensor
 from fusion_passes.graph_pass import FusionPass
 from fusion_passes.settings import snapshot
 from tests.support import fake_cuda
+from tests.support.fake_cuda import allocated, body, launches
 
 HEADS, NOPE, PE, V = 16, 128, 64, 128
 E4 = torch.float8_e4m3fn
@@ -58,14 +59,6 @@ def code_of(function: Any, args: list[Tensor], dynamic: tuple[int, ...] = ()) ->
     return fake_cuda.wrapper_code(function, args, dynamic=dynamic, options={"post_grad_custom_pre_pass": ours})
 
 
-def body(code: str) -> list[str]:
-    return [line.strip() for line in code[code.index("def call(") :].splitlines()]
-
-
-def launches(code: str) -> list[str]:
-    return [line for line in body(code) if ".run(" in line]
-
-
 @pytest.mark.parametrize("dynamic", [(), (0, 2)])
 def test_key_and_value_in_one_launch(dynamic: tuple[int, ...]) -> None:
     code = code_of(serving, arguments(), dynamic)
@@ -74,9 +67,8 @@ def test_key_and_value_in_one_launch(dynamic: tuple[int, ...]) -> None:
     assert "torch.ops.fusion_passes" not in code and "reinterpret_tensor" not in launch
     assert len([line for line in body(code) if "extern_kernels.mm(" in line]) == 1
     # The projection, the key and the value; no buffer for a wide key.
-    allocations = [line for line in body(code) if re.search(r"= empty_strided_cuda", line)]
-    assert len(allocations) == 3, allocations
-    assert sum("torch.float8_e4m3fn" in line for line in allocations) == 2
+    assert len(allocated(code)) == 3, allocated(code)
+    assert sum("torch.float8_e4m3fn" in line for line in allocated(code)) == 2
 
 
 def test_without_the_pass_there_are_two_launches() -> None:
@@ -117,18 +109,6 @@ def test_gpus_without_float8_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_only_the_outputs_count_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Triton's analysis fails, Inductor takes every input for written, and copies what is needed later."""
-    from torch._inductor import ir
-
-    written: list[list[str]] = []
-    construct = ir.UserDefinedTritonKernel.__init__
-
-    def spy(self: ir.UserDefinedTritonKernel, **kwargs: Any) -> None:
-        construct(self, **kwargs)
-        tensors = ((name, v) for name, v in kwargs["kernel_args"].items() if isinstance(v, ir.TensorBox))
-        names: dict[str, str] = {value.get_name(): name for name, value in tensors}
-        written.append(sorted(names[argument.get_name()] for argument in self.mutable_args))
-
-    monkeypatch.setattr(ir.UserDefinedTritonKernel, "__init__", spy)
+    written = fake_cuda.written_arguments(monkeypatch)
     code_of(serving, arguments())
     assert written == [["k_out_ptr", "v_out_ptr"]]

@@ -13,7 +13,7 @@ from torch import Tensor
 from fusion_passes.graph_pass import FusionPass
 from fusion_passes.settings import snapshot
 from tests.support import fake_cuda
-from tests.test_codegen import body, launches
+from tests.support.fake_cuda import allocated, launches
 
 KERNEL, STOCK = "qkv_split_kernel", "triton_"
 aten = torch.ops.aten
@@ -64,7 +64,7 @@ def test_one_launch_instead_of_three(dynamic: tuple[int, ...]) -> None:
     assert len(launches(code, KERNEL)) == 1 and launches(code, STOCK) == []
     assert "torch.ops.fusion_passes" not in code
     # The product, and three results.
-    assert len([line for line in body(code) if "= empty_strided_cuda" in line]) == 4
+    assert len(allocated(code)) == 4
     (launch,) = launches(code, KERNEL)
     assert "reinterpret_tensor" not in launch
     assert bool(re.search(r"\bs\d+\b", launch)) == bool(dynamic)
@@ -95,17 +95,6 @@ def test_symbolic_tokens_across_memory() -> None:
 
 
 def test_only_the_results_count_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Triton's analysis fails, Inductor takes every input for written, and copies what is needed later."""
-    from torch._inductor import ir
-
-    written: list[set[str]] = []
-    construct = ir.UserDefinedTritonKernel.__init__
-
-    def spy(self: ir.UserDefinedTritonKernel, **kwargs: Any) -> None:
-        construct(self, **kwargs)
-        names = {v.get_name(): name for name, v in kwargs["kernel_args"].items() if isinstance(v, ir.TensorBox)}
-        written.append({names[argument.get_name()] for argument in self.mutable_args})
-
-    monkeypatch.setattr(ir.UserDefinedTritonKernel, "__init__", spy)
+    written = fake_cuda.written_arguments(monkeypatch)
     code_of(heads_first, torch.randn(2, 96, 512).bfloat16())
-    assert written == [{"out0_ptr", "out1_ptr", "out2_ptr"}]
+    assert written == [["out0_ptr", "out1_ptr", "out2_ptr"]]

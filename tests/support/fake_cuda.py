@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -214,3 +215,38 @@ def wrapper_code(
                     raise
                 return found.code
     raise AssertionError("Inductor compiled the graph without generating a wrapper")
+
+
+def written_arguments(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """A list that gets, for each kernel launched in code generated from now on, the arguments that count as written.
+
+    Where Triton's analysis fails, Inductor takes every input for written, and copies what is needed later.
+    """
+    from torch._inductor import ir
+
+    written: list[list[str]] = []
+    construct = ir.UserDefinedTritonKernel.__init__
+
+    def spy(self: ir.UserDefinedTritonKernel, **kwargs: Any) -> None:
+        construct(self, **kwargs)
+        tensors = ((name, v) for name, v in kwargs["kernel_args"].items() if isinstance(v, ir.TensorBox))
+        names: dict[str, str] = {value.get_name(): name for name, value in tensors}
+        written.append(sorted(names[argument.get_name()] for argument in self.mutable_args))
+
+    monkeypatch.setattr(ir.UserDefinedTritonKernel, "__init__", spy)
+    return written
+
+
+def body(code: str) -> list[str]:
+    """The statements of the `call` of a wrapper."""
+    return [line.strip() for line in code[code.index("def call(") :].splitlines()]
+
+
+def launches(code: str, kernel: str = "") -> list[str]:
+    """The statements of a wrapper that launch a Triton kernel whose name begins with `kernel`."""
+    return [line for line in body(code) if re.match(rf"{kernel}\w*\.run\(", line)]
+
+
+def allocated(code: str) -> list[str]:
+    """The statements of a wrapper that allocate memory."""
+    return [line for line in body(code) if "= empty_strided_cuda(" in line]
