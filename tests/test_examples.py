@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 
 from fusion_passes import transformers as door
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
+PROGRAMS = sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_"))
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="needs a checkout")
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
+def folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a program that is started by its path, the folder is where its imports are looked up first."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+@pytest.fixture
+def quick() -> Iterator[None]:
+    """Inductor's passes and our lowering as always, but no C++ for other operators: that is minutes of g++."""
+    settings: dict[str, Any] = {"fallback_by_default": True} if hasattr(inductor_config, "fallback_by_default") else {}
+    with inductor_config.patch(settings):
+        yield
 
 
 def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(name)
 
 
 def test_every_program_is_run_here() -> None:
-    assert {path.stem for path in FOLDER.glob("*.py")} == {"generate", "linear_attention"}
+    assert PROGRAMS == [
+        "convolved_qkv", "generate", "latent_attention", "linear_attention", "sparse_attention", "training",
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -58,7 +65,48 @@ def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
     assert door.unbind() == []
 
 
-@pytest.mark.parametrize("name", ["generate", "linear_attention"])
+@pytest.mark.parametrize(
+    ("name", "arguments", "fused"),
+    [
+        ("sparse_attention", ["--model", "deepseek_v32", "--tokens", "80"], "head_gate 1, index_score 1"),
+        ("sparse_attention", ["--model", "deepseek_v32", "--tokens", "48"], "full_topk 1"),
+        ("latent_attention", [], "mla_kv_pack 2"),
+        ("convolved_qkv", [], "qkv_split 2"),
+    ],
+)
+def test_models(name: str, arguments: list[str], fused: str, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert example(name).main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("equal to rounding") == 1
+    assert f"fused {fused}\n" in printed
+
+
+def test_a_difference_fails(quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    program = example("latent_attention")
+    monkeypatch.setattr("_compare.compiled", lambda model, device: lambda x: model(1.01 * x))
+    assert program.main([]) == 1
+    assert "NOT equal" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_training(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("accelerate", reason="the Trainer of transformers needs accelerate")
+    assert example("training").main(["--steps", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "losses equal to rounding" in printed
+    assert "fused gate_cumsum 1, qkv_split 1\n" in printed
+    assert "saved for the backward pass" in printed
+    assert inductor_config.post_grad_custom_pre_pass is None
+
+
+def test_accelerate_takes_no_name_of_ours() -> None:
+    """Why the Trainer needs `enabled()`."""
+    accelerate = pytest.importorskip("accelerate", reason="is about accelerate")
+    with pytest.raises(ValueError, match="FUSION_PASSES"):
+        accelerate.utils.TorchDynamoPlugin(backend="fusion_passes")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_help_says_what_it_is(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         example(name).main(["--help"])
