@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import _compare
 import torch
 from torch import Tensor
-from torch.nn import Conv1d, Linear, Module, ModuleList, Parameter
+from torch.nn import Conv1d, Linear, Module, ModuleList
 from torch.nn.functional import conv1d, logsigmoid, rms_norm, silu
 
 from fusion_passes.ops.chunk_delta_rule import chunk_delta_rule

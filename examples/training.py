@@ -6,9 +6,9 @@
 Accelerate takes no names of backends but those that it knows, so that `torch_compile_backend="fusion_passes"` is an
 error. `enabled()` gives the pass to its Inductor compiles instead; they happen at the first step, inside the block.
 
-The fused ops have no gradient: in the graphs of a training a site is replaced only where the backward pass needs nothing
-of it, and refused elsewhere. The losses are those of the same training without compilation. A Trainer does not compile
-its evaluations; `model.compile(backend="fusion_passes")` beforehand does.
+The fused ops have no gradient: in the graphs of a training a site is replaced only where the backward pass needs
+nothing of it, and refused elsewhere. The losses are those of the same training without compilation. A Trainer does not
+compile its evaluations; a model that `model.compile(backend="fusion_passes")` compiled in place stays so for them.
 """
 
 from __future__ import annotations

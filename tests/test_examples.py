@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from torch._inductor import config as inductor_config
 
 from fusion_passes import transformers as door
