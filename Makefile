@@ -21,12 +21,13 @@ TEST_READY := $(VENV)/.ready-test
 DEMO_READY := $(VENV)/.ready-demo
 endif
 
-.PHONY: help demo test lint ruff types unit interpreter clean
+.PHONY: help demo test lint ruff types unit interpreter docs clean
 
 help:
 	@echo 'make demo    fuse a small model and show what was fused'
 	@echo 'make test    lint, type check and both test suites'
 	@echo 'make lint    ruff and mypy alone'
+	@echo 'make docs    write the pages that are made from docstrings, and the pictures'
 	@echo 'make clean   remove builds and caches; the environment goes with `rm -r $(VENV)`'
 
 $(VENV)/bin/python:
@@ -56,6 +57,10 @@ unit: $(TEST_READY)
 
 interpreter: $(TEST_READY)
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/interpreter $(PYTEST_ARGS)
+
+docs: $(TEST_READY)
+	$(PYTHON) docs/generate.py
+	$(PYTHON) docs/pictures.py
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis torch_compile_debug

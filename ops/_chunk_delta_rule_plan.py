@@ -1,10 +1,10 @@
 """The launches of `chunk_delta_rule`: prologue, with few heads a summary of the segments, and scan.
 
 Launch parameters:
-    prologue_warps: of a program of the prologue, which has one chunk of one value head.
-    scan_warps: of a program of the scan.
+    prologue_warps: warps of a program of the prologue, which has one chunk of one value head.
+    scan_warps: warps of a program of the scan.
     columns: columns of the state that a program of the scan holds.
-    stages: of the scan's software pipeline.
+    stages: stages of the scan's software pipeline.
     segments: parts into which a sequence is cut for the scan; 0 to choose by the number of programs.
 
 Shape classes, by chunks of a sequence:

@@ -1,7 +1,7 @@
 """The launch of `delta_rule_intra`.
 
 Launch parameters:
-    warps: of a program, which has a tile of 64 tokens of one value head.
+    warps: warps of a program, which has a tile of 64 tokens of one value head.
     key_block: channels of the keys that a program handles at a time.
     value_block: channels of the values that a program handles at a time.
 

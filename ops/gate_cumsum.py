@@ -17,7 +17,7 @@ Dims: B batch, T tokens, G groups and R heads of each (H = G * R heads), K chann
 Launch parameters:
     rows: tokens that are summed up together: those of a segment (`serial`), or those of a tile.
     lanes: channels of a head, or heads where a gate has one number per head, of a program.
-    warps: of a program.
+    warps: warps of a program.
     serial: 1 for segments that threads add up one token after the other, 0 for parallel scans of tiles.
 
 Shape classes, by elements of `raw`:

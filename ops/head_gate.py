@@ -22,8 +22,8 @@ Launch parameters:
     heads: heads of a tile.
     depth: columns of x that a step multiplies.
     splits: programs that share a tile at most, each with a part of the columns.
-    warps: of a program.
-    stages: of the software pipeline that loads steps ahead.
+    warps: warps of a program.
+    stages: stages of the software pipeline that loads steps ahead.
     tensor: 1 for tensor cores, 0 for a dot product per row and head.
 
 Shape classes, by rows:

@@ -22,8 +22,8 @@ Launch parameters:
     keys: keys of a program, which it keeps on the chip.
     queries: queries that a program walks over.
     columns: queries times heads of one matrix product.
-    warps: of a program.
-    stages: of the software pipeline that loads queries ahead.
+    warps: warps of a program.
+    stages: stages of the software pipeline that loads queries ahead.
 
 Shape classes, by queries of all sequences:
     half: bfloat16 and float16.

@@ -20,7 +20,7 @@ Dims: B batch, T tokens, H heads, N, R, V columns of k_nope, k_pe and v.
 
 Launch parameters:
     rows: heads of one token, or with `flat` pairs of token and head, of a program.
-    warps: of a program.
+    warps: warps of a program.
     flat: 1 for programs that take pairs of token and head in order, 0 for programs that take heads of one token.
     pdl: 1 for programmatic dependent launch, on GPUs that have it and where the op is called by itself.
 

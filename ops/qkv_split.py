@@ -13,7 +13,7 @@ Dims: B batch, T tokens, D columns, H heads, R repeats, K channels of a head.
 Launch parameters:
     rows: tokens of a tile.
     lanes: columns of a tile.
-    warps: of a program.
+    warps: warps of a program.
 
 Shape classes, by elements of `x`:
     rows: neighbouring columns are neighbours in memory.

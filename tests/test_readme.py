@@ -1,117 +1,28 @@
-"""README.md and CONTRIBUTING.md: every code block runs, tables and commands are those of the code, the recipe works."""
+"""The tables of README.md are those of the code, and the recipe of CONTRIBUTING.md works; for blocks see test_docs."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
-import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import fusion_passes
-from fusion_passes import __main__ as cli
 from fusion_passes import config, registry, settings
+from tests.support import markdown
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = markdown.ROOT
 
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="needs a checkout")
 
-BLOCK = re.compile(r"(?:^<!-- (?P<mark>.*?) -->\n)?^```python\n(?P<code>.*?)^```$", re.M | re.S)
-FILE = re.compile(r"# (\S+/\S+\.py)\n")
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """A ```python block, the comment just before it, and the file that its first line names."""
-
-    where: str
-    code: str
-    mark: str
-    file: str
-
-
-def blocks(name: str) -> list[Block]:
-    path = ROOT / name
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    found = []
-    for match in BLOCK.finditer(text):
-        file = FILE.match(match["code"])
-        line = text.count("\n", 0, match.start("code"))
-        found.append(Block(f"{name}:{line}", match["code"], match["mark"] or "", file[1] if file else ""))
-    return found
-
-
-README, RECIPE = blocks("README.md"), [b for b in blocks("CONTRIBUTING.md") if b.file]
-PROGRAMS = README + [b for b in blocks("CONTRIBUTING.md") if not b.file]
-
-
-def python(*args: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *args]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
-
-
-# Runs every file named on the command line as a program of its own, in one process to import torch once.
-RUNNER = """
-import contextlib, io, json, runpy, sys, traceback, torch
-results = {}
-for path in sys.argv[1:]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    printed, error = io.StringIO(), ""
-    with contextlib.redirect_stdout(printed):
-        try:
-            runpy.run_path(path, run_name="__main__")
-        except BaseException:
-            error = traceback.format_exc()
-    results[path] = [error, printed.getvalue()]
-print(json.dumps(results))
-"""
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
-    """Error ("" for none) and standard output of every block, by the place of the block."""
-    folder = tmp_path_factory.mktemp("blocks")
-    paths = {}
-    for i, block in enumerate(PROGRAMS):
-        if block.mark != "test: gpu" or torch.cuda.is_available():
-            path = folder / str(i) / "example.py"
-            path.parent.mkdir()
-            path.write_text(block.code)
-            paths[block.where] = str(path)
-    done = python("-c", RUNNER, *paths.values(), cwd=folder, TORCHINDUCTOR_CACHE_DIR=str(folder / "cache"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    return {where: (found[path][0], found[path][1]) for where, path in paths.items()}
-
-
-@pytest.mark.parametrize("block", PROGRAMS, ids=lambda b: b.where)
-def test_block_runs(block: Block, results: dict[str, tuple[str, str]]) -> None:
-    if block.where not in results:
-        ast.parse(block.code)
-        pytest.skip("needs a GPU")
-    error, printed = results[block.where]
-    assert not error, f"{block.where}:\n{error}"
-    if block.mark == "prints the report below" and not torch.cuda.is_available():
-        (shown,) = re.findall(r"^```text\n(fusion_passes: .*?)^```$", _text("README.md"), re.M | re.S)
-        assert re.sub(r"\S*/example\.py", "example.py", printed).strip() == shown.strip()
-
-
-def test_there_are_blocks_to_run() -> None:
-    assert len(README) >= 5 and any(b.mark == "prints the report below" for b in README)
-    assert len(RECIPE) == 4
+RECIPE = [block for block in markdown.blocks("CONTRIBUTING.md") if block.file]
 
 
 def test_the_table_of_settings_is_that_of_the_code() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| `(FUSION_PASSES\w*)` \| `(.+?)` \| (.+) \|$", _text("README.md"), re.M)
+    rows = re.findall(r"^\| `(\w+)` \| `(FUSION_PASSES\w*)` \| `(.+?)` \| (.+) \|$", markdown.text("README.md"), re.M)
     entries = {name: config._config[name] for name in (f.name for f in dataclasses.fields(settings.Settings))}  # type: ignore[attr-defined]
     assert [name for name, *_ in rows] == list(entries)
     assert set(entries) == set(config._config)  # type: ignore[attr-defined]
@@ -123,35 +34,9 @@ def test_the_table_of_settings_is_that_of_the_code() -> None:
         assert len(meaning) > 20
 
 
-def test_every_setting_that_the_text_names_exists() -> None:
-    words = set(re.findall(r'"fusion_passes\.(\w+)"', _text("README.md")))
-    assert words and words <= {f.name for f in dataclasses.fields(settings.Settings)}
-
-
-def test_every_command_that_the_text_names_exists() -> None:
-    named = set(re.findall(r"python -m fusion_passes (\w+)", _text("README.md") + _text("CONTRIBUTING.md")))
-    (commands,) = [a.choices for a in cli._parser()._actions if a.choices]
-    assert commands is not None and named and named <= set(commands)
-    for line in re.findall(r"^python -m fusion_passes ([^#\n]+)", _text("README.md"), re.M):
-        cli._parser().parse_args(line.split())
-
-
-def test_every_make_target_that_the_text_names_exists() -> None:
-    named = set(re.findall(r"(?:^|`)make (\w+)", _text("README.md") + _text("CONTRIBUTING.md"), re.M))
-    targets = set(re.findall(r"^(\w+):", _text("Makefile"), re.M))
-    assert named and named <= targets
-
-
 def test_every_fusion_is_in_the_table() -> None:
-    section = _text("README.md").split("## Fusions")[1].split("\n## ")[0]
-    assert re.findall(r"^\| `(\w+)` \|", section, re.M) == list(registry.known())
-
-
-def test_links_lead_to_files() -> None:
-    for name in ("README.md", "CONTRIBUTING.md"):
-        prose = re.sub(r"^```.*?^```$", "", _text(name), flags=re.M | re.S)
-        for target in re.findall(r"\]\((?!http)([^)#]+)", prose):
-            assert (ROOT / target).exists(), f"{name} links to {target}"
+    section = markdown.text("README.md").split("## Fusions")[1].split("\n## ")[0]
+    assert re.findall(r"^\| \[`(\w+)`\]\(docs/fusions/\1\.md\) \|", section, re.M) == list(registry.known())
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +67,7 @@ def test_the_recipe_passes_its_own_tests(contributed: Path) -> None:
     arguments = ("-q", "--import-mode=importlib", "--show-capture=no", "-p", "no:cacheprovider", "tests")
     (contributed / "tests" / "test_compiled.py").write_text(COMPILED)
     cache = str(contributed / "cache")
-    done = python(
+    done = markdown.python(
         "-m", "pytest", *arguments, cwd=contributed, PYTHONPATH=str(contributed), TORCHINDUCTOR_CACHE_DIR=cache
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
@@ -220,13 +105,9 @@ torch.testing.assert_close(out, reference(x))
 
 def test_the_recipes_kernel_computes_its_reference(contributed: Path) -> None:
     pytest.importorskip("triton")
-    done = python("-c", KERNEL, cwd=contributed, PYTHONPATH=str(contributed), TRITON_INTERPRET="1")
+    done = markdown.python("-c", KERNEL, cwd=contributed, PYTHONPATH=str(contributed), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_the_copy_did_not_reach_this_process() -> None:
     assert "quick_gelu" not in registry.known()
-
-
-def _text(name: str) -> str:
-    return (ROOT / name).read_text(encoding="utf-8")
