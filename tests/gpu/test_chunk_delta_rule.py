@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fusion_passes import benchmarking, tuning
-from fusion_passes.lowering import inlining
 from fusion_passes.ops._chunk_delta_rule_cases import cases
 from fusion_passes.ops.chunk_delta_rule import OP, reference
+from tests.gpu.captured import assert_compiled_and_captured
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -147,23 +147,7 @@ def test_rows_past_two_to_the_31(per_channel: bool) -> None:
 @BOTH
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_and_captured(dynamic: bool, per_channel: bool) -> None:
-    compiled = torch.compile(lambda *args: OP(*args), fullgraph=True, dynamic=dynamic)
-    for tokens in (300, 128):
-        args = arguments(tokens, per_channel=per_channel)
-        graph = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            compiled(*args)
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            found = compiled(*args)
-        graph.replay()
-        for a, b in zip(found, OP(*args)):
-            torch.testing.assert_close(a, b, rtol=0, atol=0)
-    with inlining(False):
-        opaque = torch.compile(lambda *args: OP(*args), fullgraph=True)
-        for a, b in zip(opaque(*args), OP(*args)):
-            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert_compiled_and_captured(OP, (arguments(tokens, per_channel=per_channel) for tokens in (300, 128)), dynamic)
 
 
 def test_schema() -> None:

@@ -10,7 +10,6 @@ numbers off here. Stock Inductor is one peer on demand: its spelling takes up to
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
 import time
@@ -24,6 +23,7 @@ from fusion_passes import arch, benchmarking, tuning
 from fusion_passes.benchmarking import Case
 from fusion_passes.ops._delta_rule_intra_cases import plain
 from fusion_passes.ops.delta_rule_intra import cases
+from tests.gpu.sweeps import attempt, stock_peers
 
 CONFIGURATIONS = [
     f"warps={warps},key_block={key},value_block={value}"
@@ -32,26 +32,21 @@ CONFIGURATIONS = [
 DEFAULT = ["KDA 32/32x128 T=4096", "KDA 32/32x128 T=512", "GDN 16/32x128 T=4096", "GDN 16/32x128 T=512"]
 
 
-def stock(**options: Any) -> Callable[..., Any]:
-    """The case's own spelling, compiled by stock Inductor."""
-    return torch.compile(lambda *args: plain(*args), dynamic=False, options=options or None)
-
-
 def peers(case: Case, names: list[str]) -> dict[str, Callable[[], Callable[..., Any]]]:
     known: dict[str, Callable[[], Callable[..., Any]]] = {**case.peers}
     if case.plain is not None:
-        known |= {"stock": stock, "combo": functools.partial(stock, combo_kernels=True)}
+        known |= stock_peers(plain)
     return {name: known[name] for name in names if name in known}
 
 
 def timed(make: Callable[[], Callable[..., Any]], sets: list[Any], exact: Any, budget_s: float) -> dict[str, Any]:
-    try:
+    def figures() -> dict[str, Any]:
         call = make()
         error = benchmarking.relative_error(call(*sets[0]), exact)
         timing = benchmarking.measure(call, sets, budget_s=budget_s)
-    except Exception as failure:
-        return {"us": float("inf"), "failed": f"{type(failure).__name__}: {failure}"[:200]}
-    return {"us": timing.gpu_us, "wall_us": timing.wall_us, "error": error}
+        return {"us": timing.gpu_us, "wall_us": timing.wall_us, "error": error}
+
+    return attempt(figures)
 
 
 def sweep(case: Case, budget_s: float, names: list[str]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from fusion_passes import arch, benchmarking, tuning
 from fusion_passes.benchmarking import Case
 from fusion_passes.ops._head_gate_cases import plain
 from fusion_passes.ops.head_gate import OP, TABLE, cases
+from tests.gpu.sweeps import attempt, stock_peers
 
 TENSOR = "rows={},heads={},depth={},splits={},warps={},stages={},tensor=1"
 ROW = ("tensor=0,depth=1024,warps=4", "tensor=0,depth=2048,warps=8", "tensor=0,depth=512,warps=2")
@@ -80,12 +81,7 @@ def symbolic(case: Case) -> str:
     return ",".join(f"{key}={row[key]}" for key in TABLE.names)
 
 
-def stock(**options: Any) -> Callable[..., Any]:
-    """The case's own spelling, compiled by stock Inductor."""
-    return torch.compile(lambda *args: plain(*args), dynamic=False, options=options or None)
-
-
-PEERS: dict[str, Callable[[], Callable[..., Any]]] = {"stock": stock, "combo": lambda: stock(combo_kernels=True)}
+PEERS = stock_peers(plain)
 
 
 def timed(
@@ -98,13 +94,6 @@ def timed(
 
 def _timed_peer(name: str, *rest: Any) -> dict[str, Any]:
     return timed(PEERS[name](), *rest)
-
-
-def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return call()
-    except Exception as failure:
-        return {"us": float("inf"), "failed": f"{type(failure).__name__}: {failure}"[:200]}
 
 
 def sweep(case: Case, budget_s: float, peers: list[str]) -> dict[str, Any]:

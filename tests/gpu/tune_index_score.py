@@ -24,6 +24,7 @@ from fusion_passes import arch, benchmarking, tuning
 from fusion_passes.benchmarking import Case
 from fusion_passes.ops._index_score_cases import plain
 from fusion_passes.ops.index_score import OP, cases
+from tests.gpu.sweeps import attempt, stock_peers
 from tests.support.index_score import Arguments, expected_in_chunks, in_batch_order, relative_error
 
 FORM = "keys={},queries={},columns={},warps={},stages={}"
@@ -56,12 +57,7 @@ def configurations(case: Case) -> list[str]:
     return [FORM.format(*row) for row in rows]
 
 
-def stock(**options: Any) -> Callable[..., Any]:
-    """The case's own spelling, compiled by stock Inductor."""
-    return torch.compile(lambda *args: plain(*args), dynamic=False, options=options or None)
-
-
-PEERS: dict[str, Callable[[], Callable[..., Any]]] = {"stock": stock, "combo": lambda: stock(combo_kernels=True)}
+PEERS = stock_peers(plain)
 
 
 def timed(
@@ -70,13 +66,6 @@ def timed(
     error = relative_error(in_batch_order(call(*sets[0]), sets[0][-1]), exact)
     timing = benchmarking.measure(call, sets, budget_s=budget_s)
     return {"us": timing.gpu_us, "least_us": timing.gpu_min_us, "wall_us": timing.wall_us, "error": error}
-
-
-def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return call()
-    except Exception as failure:
-        return {"us": float("inf"), "failed": f"{type(failure).__name__}: {failure}"[:200]}
 
 
 def sweep(case: Case, forced: list[str], budget_s: float, peers: list[str], until: float) -> dict[str, Any]:
