@@ -11,7 +11,6 @@ Some rows of q and k are drawn short enough for the epsilon of their normalisati
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,7 @@ from fusion_passes.patterns._delta_rule_region import Region
 from fusion_passes.patterns._delta_rule_steps import same_step, states
 from fusion_passes.patterns._delta_rule_values import ChunkValues, Loop, Step
 from fusion_passes.patterns._parallel_axes import ParallelAxes
+from fusion_passes.patterns._proofs import Proofs
 from fusion_passes.probe import solve_scale
 from fusion_passes.sizes import Sizes
 
@@ -58,9 +58,7 @@ class Meaning:
     final: int | None
 
 
-# what is known of a region by its fingerprint, failures included
-_proved: collections.OrderedDict[str, Meaning | str] = collections.OrderedDict()
-_REMEMBERED = 64
+proofs: Proofs[Meaning] = Proofs()
 
 
 def prove(assembly: Assembly, tokens: int, region: Region, candidates: Sequence[Node], sizes: Sizes) -> Meaning:
@@ -75,18 +73,7 @@ def prove(assembly: Assembly, tokens: int, region: Region, candidates: Sequence[
     key = regions.fingerprint(
         [*assembly.pieces, *candidates], region, sizes, assembly.order, sorted(assembly.sizes.items()), tokens
     )
-    if key not in _proved:
-        try:
-            _proved[key] = _Proof(_loop(assembly, tokens, region, sizes), candidates).meaning()
-        except NearMiss as miss:
-            _proved[key] = str(miss)
-        if len(_proved) > _REMEMBERED:
-            _proved.popitem(last=False)
-    _proved.move_to_end(key)
-    known = _proved[key]
-    if isinstance(known, str):
-        raise NearMiss(known)
-    return known
+    return proofs.of(key, lambda: _Proof(_loop(assembly, tokens, region, sizes), candidates).meaning())
 
 
 def _loop(assembly: Assembly, tokens: int, region: Region, sizes: Sizes) -> Loop:

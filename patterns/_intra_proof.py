@@ -7,7 +7,6 @@ are evaluated in float64 on random operands; all values of the results equal tho
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -26,6 +25,7 @@ from fusion_passes.patterns._delta_rule_region import Leaf
 from fusion_passes.patterns._delta_rule_values import BUDGET, _draw, _fills, _small_constants, _takes_root
 from fusion_passes.patterns._intra_frame import Frame
 from fusion_passes.patterns._intra_search import Parts
+from fusion_passes.patterns._proofs import Proofs
 from fusion_passes.sizes import Sizes
 from fusion_passes.views import ravel
 
@@ -47,9 +47,7 @@ class Meaning:
     results: str
 
 
-# what is known of a subgraph by its fingerprint, failures included
-_proved: collections.OrderedDict[str, Meaning | str] = collections.OrderedDict()
-_REMEMBERED = 64
+proofs: Proofs[Meaning] = Proofs()
 
 
 def prove(found: Parts, sizes: Sizes, briefly: bool) -> Meaning:
@@ -66,18 +64,7 @@ def prove(found: Parts, sizes: Sizes, briefly: bool) -> Meaning:
     key = regions.fingerprint(
         found.results, found.region, sizes, roles, frame.order, sorted(frame.size.items()), briefly
     )
-    if key not in _proved:
-        try:
-            _proved[key] = _meaning(found, sizes, briefly)
-        except NearMiss as miss:
-            _proved[key] = str(miss)
-        if len(_proved) > _REMEMBERED:
-            _proved.popitem(last=False)
-    _proved.move_to_end(key)
-    known = _proved[key]
-    if isinstance(known, str):
-        raise NearMiss(known)
-    return known
+    return proofs.of(key, lambda: _meaning(found, sizes, briefly))
 
 
 def _meaning(found: Parts, sizes: Sizes, briefly: bool) -> Meaning:

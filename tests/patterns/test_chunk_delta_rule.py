@@ -113,7 +113,7 @@ def test_the_functions_of_hugging_face_models(name: str, loop: bool, monkeypatch
 def test_further_layers_cost_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from fusion_passes.patterns import _delta_rule_proof as proof
 
-    proof._proved.clear()
+    proof.proofs.clear()
     proofs: list[Any] = []
     meaning = proof._Proof.meaning
 

@@ -171,7 +171,7 @@ def test_the_whole_delta_rule_comes_first() -> None:
 def test_two_sites_the_second_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from fusion_passes.patterns import _intra_proof as proof
 
-    proof._proved.clear()
+    proof.proofs.clear()
     counted = mock.Mock(wraps=proof._meaning)
     monkeypatch.setattr(proof, "_meaning", counted)
 
