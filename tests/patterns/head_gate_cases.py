@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import functools
 
 import torch
 from torch import Tensor
 
+from tests.support import entries
+
 BATCH, TOKENS, HEADS, COLUMNS, DIM = 2, 5, 8, 256, 128
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-
-Function = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,34 +75,9 @@ class Case:
         return out.reshape(self.shape(self.result, x.shape[1]))
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A function with the case it means, or for a look-alike the reason that must be given."""
-
-    function: Function
-    case: Case
-    reason: str = ""
-    make: Callable[[], tuple[Any, ...]] | None = None
-
-    def inputs(self) -> tuple[Any, ...]:
-        return self.case.inputs() if self.make is None else self.make()
-
-
+Entry = entries.Entry[Case]
 Table = dict[str, Entry]
-
-
-def entry(
-    table: Table, reason: str = "", make: Callable[[], tuple[Any, ...]] | None = None, **case: Any
-) -> Callable[[Function], Function]:
-    """Put the decorated function in `table` under its own name."""
-
-    def put(function: Function) -> Function:
-        name = function.__name__
-        assert name not in table, f"two entries named {name}"
-        table[name] = Entry(function, Case(**case), reason, make)
-        return function
-
-    return put
+entry = functools.partial(entries.entry, Case)
 
 
 def assert_close(actual: Tensor, wanted: Tensor, dtype: torch.dtype, rounded: bool) -> None:

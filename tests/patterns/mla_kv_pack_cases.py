@@ -8,11 +8,14 @@ with k_nope and v the first NOPE and the last V columns of each head of x @ w.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tests.support import entries
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 TOKENS, HEADS, NOPE, PE, V = 6, 4, 16, 8, 16
@@ -20,7 +23,6 @@ HEAD = NOPE + V
 SCALE = 2.5
 
 Steps = Callable[[Tensor], Tensor]
-Function = Callable[..., Any]
 
 
 def plain(value: Tensor) -> Tensor:
@@ -95,34 +97,9 @@ class Case:
         return value.flatten(-2) if self.flat else value
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A function with the case it means, or for a look-alike the reason that must be given."""
-
-    function: Function
-    case: Case
-    reason: str = ""
-    make: Callable[[], tuple[Any, ...]] | None = None
-
-    def inputs(self) -> tuple[Any, ...]:
-        return self.case.inputs() if self.make is None else self.make()
-
-
+Entry = entries.Entry[Case]
 Table = dict[str, Entry]
-
-
-def entry(
-    table: Table, reason: str = "", make: Callable[[], tuple[Any, ...]] | None = None, **case: Any
-) -> Callable[[Function], Function]:
-    """Put the decorated function in `table` under its own name."""
-
-    def put(function: Function) -> Function:
-        name = function.__name__
-        assert name not in table, f"two entries named {name}"
-        table[name] = Entry(function, Case(**case), reason, make)
-        return function
-
-    return put
+entry = functools.partial(entries.entry, Case)
 
 
 def codes(value: Tensor) -> Tensor:
