@@ -15,6 +15,7 @@ from fusion_passes import hf_models
 from fusion_passes.testing import assert_fuses, assert_refuses, assert_same, run_fused
 from tests import gates
 from tests.patterns.gate_cumsum_spellings import EITHER, LOOKALIKES, SPELLINGS, Entry
+from tests.support import recompiles
 
 NAME = "gate_cumsum"
 
@@ -208,18 +209,13 @@ def test_training_keeps_gradients() -> None:
 
 
 def test_dynamic_tokens_and_batch_cause_no_recompile() -> None:
+    def check(actual: Tensor, inputs: tuple[Tensor, ...]) -> None:
+        assert_same(actual, gates.gate(*inputs))
+
     compiles = {}
     for fusions in ("none", "default"):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        options: dict[str, Any] = {"fusion_passes.reference_on_cpu": True, "fusion_passes.fusions": fusions}
-        compiled = torch.compile(gates.gate, backend="fusion_passes", options=options, fullgraph=True)
-        for batch, tokens in ((2, 100), (3, 128), (2, 200), (4, 65), (2, 40)):
-            args = gates.inputs(batch, tokens)
-            for axis in (0, 1):
-                torch._dynamo.maybe_mark_dynamic(args[0], axis)
-            assert_same(compiled(*args), gates.gate(*args))
-        compiles[fusions] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        inputs = [gates.inputs(*sizes) for sizes in ((2, 100), (3, 128), (2, 200), (4, 65), (2, 40))]
+        compiles[fusions] = recompiles.graphs(gates.gate, fusions, inputs, [(0, 0), (0, 1)], check)
     # Stock Inductor itself recompiles for a single chunk: a guard of its own code generation for cumsum.
     assert compiles["default"] <= compiles["none"]
     assert fusion_passes.report().counts[NAME] == compiles["default"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from fusion_passes.testing import assert_refuses, run_fused
 from tests.patterns.head_gate_cases import BF16, F32, Case, Entry, assert_close
 from tests.patterns.head_gate_lookalikes import LOOKALIKES
 from tests.patterns.head_gate_spellings import SPELLINGS
+from tests.support import recompiles
 
 NAME = "head_gate"
 
@@ -207,18 +209,11 @@ def test_verified_on_random_inputs() -> None:
 @torch.no_grad()
 def test_tokens_cause_no_recompile_and_no_guard() -> None:
     entry = SPELLINGS["serving_engine"]
+    right = functools.partial(check, entry)
     compiles = {}
     for fusions in ("none", NAME):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        options: dict[str, Any] = {"fusion_passes.reference_on_cpu": True, "fusion_passes.fusions": fusions}
-        compiled = torch.compile(entry.function, backend="fusion_passes", options=options, fullgraph=True)
-        for tokens in (5, 6, 64, 65, 3):
-            inputs = entry.case.inputs(tokens=tokens)
-            for tensor in (inputs[0], inputs[2]):
-                torch._dynamo.maybe_mark_dynamic(tensor, 1)
-            check(entry, compiled(*inputs), inputs)
-        compiles[fusions] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        inputs = [entry.case.inputs(tokens=tokens) for tokens in (5, 6, 64, 65, 3)]
+        compiles[fusions] = recompiles.graphs(entry.function, fusions, inputs, [(0, 1), (2, 1)], right)
     assert compiles[NAME] == compiles["none"] == 1
     assert fusion_passes.report().counts[NAME] == 1
 

@@ -14,6 +14,7 @@ from fusion_passes.testing import assert_refuses, run_fused
 from tests.patterns.mla_kv_pack_cases import E4, HEAD, HEADS, NOPE, Case, assert_same_bytes
 from tests.patterns.mla_kv_pack_lookalikes import LOOKALIKES
 from tests.patterns.mla_kv_pack_spellings import SPELLINGS, project
+from tests.support import recompiles
 
 NAME = "mla_kv_pack"
 
@@ -177,18 +178,14 @@ def test_gpus_without_saturating_casts_are_refused(name: str) -> None:
 
 def test_tokens_cause_no_recompile_and_no_guard() -> None:
     entry = SPELLINGS["serving_call_site"]
+
+    def check(actual: Any, inputs: tuple[Tensor, ...]) -> None:
+        assert_same_bytes(actual, entry.case.meaning(inputs))
+
     compiles = {}
     for fusions in ("none", NAME):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        options: dict[str, Any] = {"fusion_passes.reference_on_cpu": True, "fusion_passes.fusions": fusions}
-        compiled = torch.compile(entry.function, backend="fusion_passes", options=options, fullgraph=True)
-        for tokens in (5, 6, 64, 65, 3):
-            inputs = entry.case.inputs(tokens=tokens)
-            for tensor in (inputs[0], inputs[2]):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            assert_same_bytes(compiled(*inputs), entry.case.meaning(inputs))
-        compiles[fusions] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        inputs = [entry.case.inputs(tokens=tokens) for tokens in (5, 6, 64, 65, 3)]
+        compiles[fusions] = recompiles.graphs(entry.function, fusions, inputs, [(0, 0), (2, 0)], check)
     assert compiles[NAME] == compiles["none"] == 1
     assert fusion_passes.report().counts[NAME] == 1
 
