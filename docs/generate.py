@@ -252,7 +252,7 @@ def _split(pattern: ModuleType) -> tuple[str, str, dict[str, str]]:
     title, _, rest = _doc(pattern).partition("\n\nFound:")
     parts = re.split(rf"\n\n({'|'.join(SECTIONS)}):", rest)
     sections = {name: _capital(text.strip()) for name, text in zip(parts[1::2], parts[2::2])}
-    for needed in ("Near misses", "Refused", "Gains"):
+    for needed in ("Near misses", "Gains"):
         if needed not in sections:
             raise ValueError(f"the docstring of {pattern.__name__} has no section {needed!r}")
     return title, _capital(parts[0].strip()), sections

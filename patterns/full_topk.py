@@ -12,14 +12,10 @@ all groups of experts are kept.
 
 Near misses:
 
-- indices that go to an operator for which their order matters, such as `gather`
+- indices that are returned, or go to an operator for which their order matters, such as `gather`
 - a scatter of a tensor, along another axis than that of the selection, or over a part of a tensor only
 
 Nothing is recorded of a `topk` of fewer than all entries, of a symbolic number of entries, or whose values are read.
-
-Refused:
-
-- the indices are needed elsewhere, or saved for the backward pass
 
 Gains: the sort, and all that only its scores needed: the projections, products and reductions of an indexer. There is
 no fused op and nothing to tune: a constant takes the place of the subgraph.

@@ -12,9 +12,10 @@ taken from the graph as it is, what becomes of it by its values at random places
 Near misses:
 
 - a product that no constant scales, an ordinary linear layer, or that is needed elsewhere as well
-- anything but a multiple of the product behind it: a bias, an activation, a clamp
-- weights that differ from batch to batch
+- anything but a multiple of the product behind it: a sum, an activation, a clamp
 - a second tensor beside `q_scale`, or one that Inductor computes on the spot and that would have to go to memory
+
+Nothing is recorded of a product with a bias, which is another operator, or of weights that differ from batch to batch.
 
 Refused:
 

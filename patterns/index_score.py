@@ -18,7 +18,7 @@ Near misses:
 
 Refused:
 
-- a scale that is not positive
+- a negative scale that cannot be left outside of the fused op
 - scores per head that are needed elsewhere
 - more than 128 heads, more than 256 channels or no multiple of 8
 - what a GPU cannot hold in shared memory, such as 128 heads of 192 channels in float32
