@@ -9,6 +9,7 @@ those of a pattern are `SECTIONS`; an op has `Launch parameters:` and `Shape cla
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import inspect
@@ -166,12 +167,15 @@ def _function(function: Callable[..., object], text: Callable[[str], str]) -> It
 def _launch(op: str, text: Callable[[str], str]) -> Iterator[str]:
     """The launch parameters of an op and the shape classes of its table; both have to be those of the code."""
     yield from ("## Launch parameters", "")
-    homes = [importlib.import_module(f"{ops.__name__}.{stem}") for stem in (op, f"_{op}_plan") if _exists(stem)]
+    homes = [path for path in (ROOT / "ops").glob(f"*{op}*.py") if re.fullmatch(rf"{op}|_{op}_\w+", path.stem)]
+    docs = {path.stem: ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in sorted(homes)}
+    for stem in (stem for stem in docs if stem == op or "Launch parameters:\n" in docs[stem]):
+        importlib.import_module(f"{ops.__name__}.{stem}")  # where the table is; others may need Triton
     table = tuning.TABLES.get(op)
     if table is None:
         yield "There are none to choose: the shape decides."
         return
-    doc = "\n\n".join(_doc(home) for home in homes)
+    doc = "\n\n".join(docs.values())
     parameters = _described(doc, r"Launch parameters:\n", table.names, f"launch parameters of {op}")
     kinds = dict.fromkeys(kind for classes in table.entries.values() for kind in classes)
     classes = _described(doc, r"Shape classes, by .*:\n", tuple(kinds), f"shape classes of {op}")
@@ -190,10 +194,6 @@ def _launch(op: str, text: Callable[[str], str]) -> Iterator[str]:
 def _allowed(table: tuning.TunedTable, name: str) -> str:
     zero = "0 or " if name in table.may_be_zero else ""
     return zero + ("any number from 1" if name in table.counts else "a power of two")
-
-
-def _exists(stem: str) -> bool:
-    return (ROOT / "ops" / f"{stem}.py").exists()
 
 
 def _described(doc: str, heading: str, wanted: tuple[str, ...], what: str) -> dict[str, str]:
