@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
 from tests.patterns.head_gate_spellings import SPELLINGS
-from tests.support.mutants import Change, captured, cast_behind, changed_target, check_mutants, numbers, operands
+from tests.support.mutants import Change, captured, check_mutants, other_operators, round_trips, single_changes
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -34,21 +33,12 @@ SWAPS: dict[Any, tuple[Any, ...]] = {
 }
 
 
-def mutants(graph: Graph) -> Iterator[tuple[str, str, Change]]:
-    """(node, kind, change) of every change of a single node."""
-    earlier: list[Node] = []
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "call_function":
-            for kind, change in itertools.chain(numbers(node), operands(node, earlier)):
-                yield node.name, kind, change
-            for target in SWAPS.get(node.target, ()):
-                yield node.name, "other operator", changed_target(target)
-            if isinstance(value, Tensor) and value.is_floating_point():
-                for dtype in (torch.int32, torch.float8_e4m3fn, torch.float64, torch.bfloat16):
-                    if dtype != value.dtype:
-                        yield node.name, f"round trip through {str(dtype)[6:]}", cast_behind(dtype, value.dtype)
-        earlier.append(node)
+def others(node: Node) -> Iterator[tuple[str, Change]]:
+    """Other operators, and roundings behind the node."""
+    yield from other_operators(node, SWAPS)
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and value.is_floating_point():
+        yield from round_trips(node, torch.int32, torch.float8_e4m3fn, torch.float64, torch.bfloat16)
 
 
 def draws(inputs: list[Tensor], seed: int) -> list[Tensor]:
@@ -84,8 +74,8 @@ def test_a_changed_graph_is_refused_or_keeps_its_value(name: str) -> None:
     entry = SPELLINGS[name]
     tracing = captured(entry.function, entry.inputs())
     counts = check_mutants(
-        tracing, mutants(tracing.module.graph), lambda seed: draws(tracing.inputs, seed), agrees, PER_GRAPH,
-        always_profitable=True, fusions="head_gate",
+        tracing, single_changes(tracing.module.graph, others), lambda seed: draws(tracing.inputs, seed), agrees,
+        PER_GRAPH, always_profitable=True, fusions="head_gate",
     )  # fmt: skip
     assert counts["mutants"] >= 12 and counts["fused"] >= 1, counts
     COUNTS.update(counts)

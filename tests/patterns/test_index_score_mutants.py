@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch._inductor.fx_passes.post_grad import view_to_reshape
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from tests.patterns.index_score_spellings import SPELLINGS
-from tests.support.mutants import Change, Tracing, cast_behind, changed_target, check_mutants, numbers, operands, same
+from tests.support.mutants import Change, Tracing, check_mutants, other_operators, round_trips, same, single_changes
 from tests.tracing import trace
 
 aten = torch.ops.aten
@@ -39,21 +38,13 @@ SWAPS: dict[Any, tuple[Any, ...]] = {
 }
 
 
-def mutants(graph: Graph) -> Iterator[tuple[str, str, Change]]:
-    """(node, kind, change) of every change of a single node."""
-    earlier: list[Node] = []
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "call_function":
-            for kind, change in itertools.chain(numbers(node), operands(node, earlier)):
-                yield node.name, kind, change
-            for target in SWAPS.get(node.target, ()):
-                yield node.name, "other operator", changed_target(target)
-            # Infinity has no integer, and float8 saturates here but not in eager PyTorch: leave fill values alone.
-            if isinstance(value, Tensor) and value.dtype == torch.float32 and value.dim() > 0:
-                for dtype in (torch.int32, torch.float8_e5m2, torch.bfloat16):
-                    yield node.name, f"round trip through {str(dtype)[6:]}", cast_behind(dtype, value.dtype)
-        earlier.append(node)
+def others(node: Node) -> Iterator[tuple[str, Change]]:
+    """Other operators, and roundings behind the node."""
+    yield from other_operators(node, SWAPS)
+    value = node.meta.get("val")
+    # Infinity has no integer, and float8 saturates here but not in eager PyTorch: leave fill values alone.
+    if isinstance(value, Tensor) and value.dtype == torch.float32 and value.dim() > 0:
+        yield from round_trips(node, torch.int32, torch.float8_e5m2, torch.bfloat16)
 
 
 def captured(name: str) -> Tracing:
@@ -89,7 +80,7 @@ def test_a_changed_graph_is_refused_or_keeps_its_value(name: str) -> None:
     tracing = captured(name)
     # A rounding to bfloat16 may be dropped, as Inductor drops it.
     counts = check_mutants(
-        tracing, mutants(tracing.module.graph), lambda seed: draws(tracing.inputs, seed),
+        tracing, single_changes(tracing.module.graph, others), lambda seed: draws(tracing.inputs, seed),
         lambda a, b, kind, graph: same(a, b, TOLERANCE[kind]), PER_GRAPH, fusions="index_score",
     )  # fmt: skip
     assert counts["mutants"] == PER_GRAPH and counts["fused"] >= 1, counts

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import collections
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from tests.patterns.mla_kv_pack_cases import assert_same_bytes
 from tests.patterns.mla_kv_pack_spellings import SPELLINGS
-from tests.support.mutants import Change, captured, cast_behind, changed_target, check_mutants, numbers, operands
+from tests.support.mutants import Change, captured, check_mutants, other_operators, round_trips, single_changes
 
 aten = torch.ops.aten
 
@@ -35,21 +34,12 @@ SWAPS: dict[Any, tuple[Any, ...]] = {
 }
 
 
-def mutants(graph: Graph) -> Iterator[tuple[str, str, Change]]:
-    """(node, kind, change) of every change of a single node."""
-    earlier: list[Node] = []
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "call_function":
-            for kind, change in itertools.chain(numbers(node), operands(node, earlier)):
-                yield node.name, kind, change
-            for target in SWAPS.get(node.target, ()):
-                yield node.name, "other operator", changed_target(target)
-            if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float32):
-                for dtype in (torch.int32, torch.float8_e5m2, torch.float64, torch.bfloat16):
-                    if dtype != value.dtype:
-                        yield node.name, f"round trip through {str(dtype)[6:]}", cast_behind(dtype, value.dtype)
-        earlier.append(node)
+def others(node: Node) -> Iterator[tuple[str, Change]]:
+    """Other operators, and roundings behind the node."""
+    yield from other_operators(node, SWAPS)
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float32):
+        yield from round_trips(node, torch.int32, torch.float8_e5m2, torch.float64, torch.bfloat16)
 
 
 def draws(inputs: list[Tensor], seed: int) -> list[Tensor]:
@@ -85,7 +75,7 @@ def test_a_changed_graph_is_refused_or_keeps_its_value(name: str) -> None:
     tracing = captured(entry.function, entry.inputs())
     # A rounding to bfloat16 may be dropped, as Inductor drops it.
     counts = check_mutants(
-        tracing, mutants(tracing.module.graph), lambda seed: draws(tracing.inputs, seed),
+        tracing, single_changes(tracing.module.graph, others), lambda seed: draws(tracing.inputs, seed),
         lambda a, b, kind, graph: not differs(a, b, loose=kind in ROUNDINGS), PER_GRAPH,
         always_profitable=True, fusions="mla_kv_pack",
     )  # fmt: skip

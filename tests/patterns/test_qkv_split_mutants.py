@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import collections
-import itertools
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from tests.patterns.qkv_split_spellings import SPELLINGS
-from tests.support.mutants import Change, captured, changed_target, check_mutants, numbers, operands
+from tests.support.mutants import Change, captured, check_mutants, other_operators, single_changes
 from tests.support.qkv_split import numbered
 
 aten = torch.ops.aten
@@ -27,17 +26,8 @@ PER_GRAPH = 60
 FUSED: collections.Counter[str] = collections.Counter()
 
 
-def mutants(graph: Graph) -> Iterator[tuple[str, str, Change]]:
-    """(node, kind, change) of every change of a single node."""
-    earlier: list[Node] = []
-    for node in graph.nodes:
-        if node.op == "call_function":
-            changes = itertools.chain(numbers(node), operands(node, earlier))
-            if node.target is aten.clone.default:
-                changes = itertools.chain(changes, [("other operator", changed_target(aten.neg.default))])
-            for kind, change in changes:
-                yield node.name, kind, change
-        earlier.append(node)
+def others(node: Node) -> Iterator[tuple[str, Change]]:
+    return other_operators(node, {aten.clone.default: (aten.neg.default,)})
 
 
 def equal(actual: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> bool:
@@ -55,8 +45,8 @@ def test_a_changed_graph_is_refused_or_keeps_every_bit(name: str) -> None:
     tracing = captured(entry.function, entry.inputs())
     inputs = [numbered(*tensor.shape) for tensor in tracing.inputs]
     counts = check_mutants(
-        tracing, mutants(tracing.module.graph), lambda seed: inputs, lambda a, b, *_: equal(a, b), PER_GRAPH,
-        always_profitable=True, fusions="qkv_split",
+        tracing, single_changes(tracing.module.graph, others), lambda seed: inputs, lambda a, b, *_: equal(a, b),
+        PER_GRAPH, always_profitable=True, fusions="qkv_split",
     )  # fmt: skip
     assert counts["mutants"] >= 15, (name, counts)
     FUSED.update({name: counts["fused"]} if counts["fused"] else {})

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import collections
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 
 from tests.patterns.redundant_copy_spellings import SPELLINGS, arguments
 from tests.patterns.test_redundant_copy_rotations import SPELLINGS as ROTATIONS
 from tests.patterns.test_redundant_copy_rotations import inputs as rotated_inputs
-from tests.support.mutants import Change, captured, changed_target, check_mutants, numbers, operands, result
+from tests.support.mutants import Change, captured, check_mutants, other_operators, result, single_changes
 
 aten = torch.ops.aten
 
@@ -44,14 +43,8 @@ def examples() -> dict[str, tuple[Callable[..., Any], list[Tensor]]]:
 
 
 def mutants(graph: Graph) -> Iterator[tuple[str, str, Change]]:
-    """(node, kind, change) of every change of a node other than the epilogues, which every graph has like that."""
-    earlier: list[Node] = []
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target is not aten.copy_.default:
-            swaps = [("other operator", changed_target(target)) for target in SWAPS.get(node.target, ())]
-            for kind, change in itertools.chain(numbers(node), operands(node, earlier), swaps):
-                yield node.name, kind, change
-        earlier.append(node)
+    """Every change of a node other than the epilogues, which every graph has like that."""
+    return single_changes(graph, lambda node: other_operators(node, SWAPS), leave=aten.copy_.default)
 
 
 def outcome(module: GraphModule, inputs: list[Tensor]) -> list[Tensor] | None:

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -174,10 +174,23 @@ def like(a: Node, b: Node) -> bool:
     return isinstance(x, Tensor) and isinstance(y, Tensor) and (x.shape, x.dtype) == (y.shape, y.dtype)
 
 
+def other_operators(node: Node, swaps: Mapping[Any, Iterable[Any]]) -> Iterator[tuple[str, Change]]:
+    """The operators that `swaps` has for the node's."""
+    for target in swaps.get(node.target, ()):
+        yield "other operator", changed_target(target)
+
+
+def round_trips(node: Node, *dtypes: torch.dtype) -> Iterator[tuple[str, Change]]:
+    """Casts behind the node to those of the dtypes that are not its own, and back."""
+    own = node.meta["val"].dtype
+    for dtype in dtypes:
+        if dtype != own:
+            yield f"round trip through {str(dtype)[6:]}", cast_behind(dtype, own)
+
+
 def others(node: Node, after_sum: bool) -> Iterator[tuple[str, Change]]:
     """Another operator in place, and casts there and back behind the node."""
-    for target in SWAPS.get(node.target, ()):
-        yield "other operator", changed_target(target)
+    yield from other_operators(node, SWAPS)
     if node.target in COMPARISONS:
         for target in COMPARISONS:
             if target is not node.target:
@@ -185,22 +198,30 @@ def others(node: Node, after_sum: bool) -> Iterator[tuple[str, Change]]:
     value = node.meta.get("val")
     # behind the cumsum a coarse cast would tell apart what is equal to rounding
     if isinstance(value, Tensor) and value.is_floating_point() and not after_sum:
-        for dtype in (torch.int32, torch.float8_e4m3fn, torch.bool):
-            yield f"round trip through {str(dtype)[6:]}", cast_behind(dtype, value.dtype)
+        yield from round_trips(node, torch.int32, torch.float8_e4m3fn, torch.bool)
         if value.dtype == torch.float32:
-            yield "round trip through bfloat16", cast_behind(torch.bfloat16, value.dtype)
+            yield from round_trips(node, torch.bfloat16)
+
+
+def single_changes(
+    graph: Graph, further: Callable[[Node], Iterable[tuple[str, Change]]], leave: Any = None
+) -> Iterator[tuple[str, str, Change]]:
+    """(node, kind, change) of every change of a single node: of numbers, of operands, and those that `further` says.
+
+    Nodes with the operator `leave` are not changed.
+    """
+    earlier: list[Node] = []
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is not leave:
+            for kind, change in itertools.chain(numbers(node), operands(node, earlier), further(node)):
+                yield node.name, kind, change
+        earlier.append(node)
 
 
 def mutants(graph: Graph) -> Iterator[tuple[str, str, Change]]:
-    """(node, kind, change) of every change of a single node."""
-    earlier: list[Node] = []
-    after_sum = False
-    for node in graph.nodes:
-        after_sum |= node.target is aten.cumsum.default
-        if node.op == "call_function":
-            for kind, change in itertools.chain(numbers(node), operands(node, earlier), others(node, after_sum)):
-                yield node.name, kind, change
-        earlier.append(node)
+    """Every change of a single node of a graph with sums of gates."""
+    after_sum = set(itertools.dropwhile(lambda node: node.target is not aten.cumsum.default, graph.nodes))
+    return single_changes(graph, lambda node: others(node, node in after_sum))
 
 
 def mutated(tracing: Tracing, name: str, change: Change, mode: FakeTensorMode) -> GraphModule | None:
