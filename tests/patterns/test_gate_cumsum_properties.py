@@ -10,22 +10,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fusion_passes.testing import assert_same, run_fused
+from tests.support.properties import profile
 
 NAME = "gate_cumsum"
 LOG2E = 1.0 / math.log(2.0)
-PROFILE = settings(
-    max_examples=50,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-    print_blob=False,
-)
+PROFILE = profile(50)
 FOUND: collections.Counter[bool] = collections.Counter()
 
 SOFTPLUS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -6,18 +6,16 @@ import collections
 import dataclasses
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fusion_passes.testing import run_fused
+from tests.support.properties import profile
 
 NAME = "head_gate"
 COLUMNS = 256
-PROFILE = settings(
-    max_examples=16, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck),
-    print_blob=False,
-)  # fmt: skip
+PROFILE = profile(16)
 FOUND: collections.Counter[bool] = collections.Counter()
 
 

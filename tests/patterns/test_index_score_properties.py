@@ -7,19 +7,17 @@ import dataclasses
 import math
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
 from fusion_passes.testing import assert_same
 from tests.support.delta_rule import passed
+from tests.support.properties import profile
 
 NAME = "index_score"
-PROFILE = settings(
-    max_examples=20, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck),
-    print_blob=False,
-)  # fmt: skip
+PROFILE = profile(20)
 FOUND: collections.Counter[bool] = collections.Counter()
 
 

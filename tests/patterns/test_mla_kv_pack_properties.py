@@ -7,22 +7,16 @@ import dataclasses
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fusion_passes.testing import run_fused
 from tests.patterns.mla_kv_pack_cases import E4, E5, assert_same_bytes
+from tests.support.properties import profile
 
 NAME = "mla_kv_pack"
-PROFILE = settings(
-    max_examples=18,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-    print_blob=False,
-)
+PROFILE = profile(18)
 FOUND: collections.Counter[bool] = collections.Counter()
 
 

@@ -8,18 +8,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fusion_passes.testing import run_fused
+from tests.support.properties import profile
 from tests.support.qkv_split import numbered
 
 NAME = "qkv_split"
-PROFILE = settings(
-    max_examples=50, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck),
-    print_blob=False,
-)  # fmt: skip
+PROFILE = profile(50)
 FOUND: collections.Counter[bool] = collections.Counter()
 
 # How [B, T, D] is stored, and how it is had from that.
