@@ -69,7 +69,7 @@ def _page(fusion: Fusion) -> Iterator[str]:
     text = functools.partial(markdown, page=fusion.name)
     title, found, sections = _split(pattern)
     yield from (NOTE, "", f"# {fusion.name}", "", text(title), "")
-    yield from (_capital(fusion.doc) + ".", "", *_facts(fusion, module), "")
+    yield from (*_facts(fusion, module), "")
     yield from ("## What is found", "", text(found), "", "## Example", "")
     yield from ("This runs as it stands, without a GPU:", "", "```python")
     yield (DOCS / "examples" / f"{fusion.name}.py").read_text(encoding="utf-8").rstrip()
@@ -87,7 +87,7 @@ def _facts(fusion: Fusion, module: ModuleType | None) -> Iterator[str]:
     anchors = dict.fromkeys(f"`{anchor.namespace}.{anchor._opname}`" for anchor in fusion.anchors)
     yield f"- The search starts from: {', '.join(anchors)}."
     dtypes = [dtype_name(dtype) for dtype in fusion.dtypes]
-    yield f"- Dtypes of floating operands: {', '.join(dtypes) if len(dtypes) <= MOST_DTYPES else 'any'}."
+    yield f"- Dtypes of operands: {', '.join(dtypes) if len(dtypes) <= MOST_DTYPES else 'any'}."
     if fusion.absorbs:
         inner = ", ".join(f"[{name}]({name}.md)" for name in fusion.absorbs)
         yield f"- Takes the place of these, where they are part of it: {inner}."
