@@ -33,6 +33,7 @@ def generator(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_every_block_runs(tmp_path: Path) -> None:
     """All in one process, and in one test: a fixture would be computed by every worker."""
     programs = [block for name in FILES for block in markdown.blocks(name) if not block.file]
@@ -61,6 +62,27 @@ def test_every_fusion_has_a_page_as_the_generator_writes_it() -> None:
         assert (DOCS / "fusions" / name).read_text(encoding="utf-8") == text, (
             f"docs/fusions/{name} is not what its docstrings say: run `make docs`"
         )
+
+
+def test_launch_parameters_that_no_docstring_describes_are_an_error() -> None:
+    described = generator("generate")._described
+    doc = "An op.\n\nLaunch parameters:\n    rows: rows of a tile,\n        at most.\n    a, b: others.\n\nNo more.\n"
+    found = described(doc, "Launch parameters:\n", ("rows", "a", "b"), "launch parameters of x")
+    assert found == {"rows": "rows of a tile, at most.", "a, b": "others."}
+    with pytest.raises(ValueError, match="are rows, warps; the docstring describes rows, a, b"):
+        described(doc, "Launch parameters:\n", ("rows", "warps"), "launch parameters of x")
+    with pytest.raises(ValueError, match="no docstring has a section"):
+        described("An op.", "Launch parameters:\n", ("rows",), "launch parameters of x")
+
+
+def test_docstrings_become_markdown() -> None:
+    text = generator("generate").markdown(
+        "a * b of `gate_cumsum`, *Words* and `_gate`, x <y>:\n\n    c = a * b\n\n    d = `e`\n\n- f", page="other"
+    )
+    assert text == (
+        "a \\* b of [`gate_cumsum`](gate_cumsum.md), *Words* and [`_gate`](../../patterns/_gate.py), x &lt;y>:\n\n"
+        "```text\nc = a * b\n\nd = `e`\n```\n\n- f"
+    )
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 13), reason="the pictures are of graphs that torch 2.13 traces")
