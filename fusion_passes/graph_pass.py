@@ -5,21 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._inductor.compiler_bisector import CompilerBisector
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
 from fusion_passes import expectation, guards, records, registry, rewrite, sketches, tuning, verify
 from fusion_passes.fingerprint import fingerprint
-from fusion_passes.fusion import Because, Context, Fusion, NearMiss, Refusal, Site
+from fusion_passes.fusion import Because, Context, Fusion, NearMiss, Reason, Refusal, Site
 from fusion_passes.records import Outcome, Record
 from fusion_passes.reports import Report
 from fusion_passes.settings import LAUNCH_META, Settings
@@ -45,6 +44,7 @@ class FusionPass(CustomGraphPass):
         selected = (fusion.name for fusion in self.fusions)
         expectation.check_names(self.expected, registry.known(), selected, settings.fusions)
         self.found: list[Record] = []
+        self.ran = False  # whether a graph was shown to the pass, as none is where a cache has the code
         # Only taken for `explain`: what is drawn, by fusion and anchor and then by record; and fruitless searches.
         self._sketched: dict[tuple[str, str], Drawing] = {}
         self.drawings: dict[Record, Drawing] = {}
@@ -81,7 +81,7 @@ class FusionPass(CustomGraphPass):
             candidates = (n for t in fusion.anchors for n in graph.find_nodes(op="call_function", target=t))
             anchors = [n for n in candidates if fusion.wants(n)]
             if anchors:
-                # The observer lets TORCH_LOGS, the bisector and `disabled_passes` name each fusion.
+                # The observer lets the bisector, `disabled_passes` and compile times name each fusion.
                 name, module = f"fusion_passes.{fusion.name}", graph.owning_module
                 assert module is not None
                 observer = GraphTransformObserver(module, name, "post_grad_passes")
@@ -89,7 +89,10 @@ class FusionPass(CustomGraphPass):
         if any(record.outcome == "fused" for record in found):
             graph.lint()
         if found:
-            self._publish(graph, found)
+            found = self._publish(graph, found)
+        if self.fusions:
+            self.ran = True
+            records.trace(found)
         if not self.as_if_cuda:
             self._conclude(graph, found)
 
@@ -139,6 +142,7 @@ class FusionPass(CustomGraphPass):
                 reason = fusion.profit(site, context)
             if drawing is not None:
                 self._sketched[fusion.name, anchor.name] = drawing
+            reason = reason or _bisected_away(fusion, anchor)
             if reason is not None:
                 return _record(fusion, "refused", reason, anchor)
             if site.rewrite is not None:
@@ -176,7 +180,8 @@ class FusionPass(CustomGraphPass):
             verify.check(fusion, site, new, context.sizes[0])
         return new
 
-    def _publish(self, graph: Graph, found: list[Record]) -> None:
+    def _publish(self, graph: Graph, found: list[Record]) -> list[Record]:
+        """Keep and log the records of a graph; returns them with its key."""
         key = hashlib.sha256("".join(n.name for n in graph.nodes).encode()).hexdigest()[:8]
         found = [dataclasses.replace(record, graph=key) for record in found]
         keyed = ((record, self._sketched.get((record.fusion, record.node))) for record in found)
@@ -189,11 +194,7 @@ class FusionPass(CustomGraphPass):
             log.debug("%s %s at %s: %s", record.fusion, record.outcome, record.source or record.node, record.reason)
         fused = sum(record.outcome == "fused" for record in found)
         log.info("graph %s: %d of %d candidate sites fused", key, fused, len(found))
-        trace_structured(
-            "artifact",
-            metadata_fn=lambda: {"name": "fusion_passes_report", "encoding": "json"},
-            payload_fn=lambda: json.dumps([dataclasses.asdict(record) for record in found]),
-        )
+        return found
 
     def _conclude(self, graph: Graph, found: list[Record]) -> None:
         """Compare with what was expected, and say so where nothing was fused."""
@@ -248,6 +249,14 @@ def compose(slot: Any, ours: FusionPass) -> Any:
     if hasattr(torch._inductor.custom_graph_pass, "get_custom_graph_passes"):
         return passes
     return ComposedPass(*passes)
+
+
+def _bisected_away(fusion: Fusion, anchor: Node) -> Reason:
+    """Ask Inductor's bisector, which switches post-grad passes off one by one, whether this site may be rewritten."""
+    name = f"fusion_passes.{fusion.name} at {records.source_of(anchor) or anchor.name}"
+    if CompilerBisector.disable_subsystem("inductor", "post_grad_passes", lambda: name):
+        return "Inductor's bisector is running and has switched this site off"
+    return None
 
 
 def _calls(graph: Graph) -> list[Record]:

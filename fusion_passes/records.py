@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from torch._dynamo.utils import counters
+from torch._logging import trace_structured
 from torch.fx import Node
 
 _KEY = "fusion_passes.record "
@@ -68,6 +69,15 @@ def recall() -> list[Record]:
         if isinstance(key, str) and key.startswith(_KEY):
             found += [Record(**json.loads(key[len(_KEY) :]))] * count
     return found
+
+
+def trace(found: Iterable[Record]) -> None:
+    """Put the records of a compile into the trace that `TORCH_TRACE` asks for, where `tlparse` shows them."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "fusion_passes_report", "encoding": "json"},
+        payload_fn=lambda: json.dumps([dataclasses.asdict(record) for record in found]),
+    )
 
 
 def source_of(node: Node) -> str:
