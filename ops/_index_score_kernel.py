@@ -37,15 +37,19 @@ def _flipped(b_x, b_negative):
 @triton.jit
 def _live_rows(
     p_mask, o_row, o_t, rows, first_row, first_key, keys, mask_stride_s, mask_stride_t, causal_offset,
-    ROWS: tl.constexpr, MASK: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """(first, last + 1) of the rows of a chunk that see any key of the tile."""
-    if MASK == NO_MASK:
+    """(first, last + 1) of the rows of a chunk that see any key of the tile, in whole steps."""
+    if ROWS == STEP:
+        # Constant bounds: the compiler removes the loop.
+        low = 0
+        high = STEP
+    elif MASK == NO_MASK:
         low = rows * 0
-        high = rows
+        high = tl.cdiv(rows, STEP) * STEP
     elif MASK == CAUSAL:
-        low = tl.minimum(tl.maximum(first_key - causal_offset - first_row, 0), rows)
-        high = rows
+        low = tl.minimum(tl.maximum(first_key - causal_offset - first_row, 0), rows) // STEP * STEP
+        high = tl.cdiv(rows, STEP) * STEP
     else:
         m_tile = (o_row < rows)[:, None] & (o_t < keys)[None, :]
         b_mask = tl.load(
@@ -62,7 +66,8 @@ def _live_rows(
         b_live = tl.max(b_seen.to(tl.int32), axis=1) > 0
         low = tl.min(tl.where(b_live, o_row, ROWS), axis=0)
         high = tl.max(tl.where(b_live, o_row + 1, 0), axis=0)
-        low = tl.minimum(low, high)
+        low = tl.minimum(low, high) // STEP * STEP
+        high = tl.cdiv(high, STEP) * STEP
     return low, high
 
 
@@ -153,11 +158,10 @@ def index_score_kernel(
     p_out = out_ptr + batch * out_stride_b + first * out_stride_s
 
     low, high = _live_rows(
-        p_mask, o_row, o_t, rows, first_row, first_key, keys, mask_stride_s, stride_m, causal_offset, ROWS, MASK
-    )
-    low = low // STEP * STEP
-    high = tl.cdiv(high, STEP) * STEP
-    if MASK != NO_MASK:
+        p_mask, o_row, o_t, rows, first_row, first_key, keys, mask_stride_s, stride_m, causal_offset, ROWS, STEP,
+        MASK,
+    )  # fmt: skip
+    if MASK != NO_MASK and ROWS != STEP:
         # Queries that see nothing of the tile cost no product.
         if (low > 0) | (high < rows):
             m_hidden = ((o_row < rows) & ((o_row < low) | (o_row >= high)))[:, None] & b_in[None, :]

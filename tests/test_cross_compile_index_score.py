@@ -11,7 +11,7 @@ import torch
 from fusion_passes import tuning
 from fusion_passes.arch import by_name
 from fusion_passes.lowering import Launch, Program, Target, _operand
-from fusion_passes.ops.index_score import DECODE, KINDS, TABLE, plan
+from fusion_passes.ops._index_score_launch import DECODE, KINDS, TABLE, plan
 from tests.support import sass
 from tests.support.index_score import E4, Arguments
 
@@ -51,7 +51,7 @@ def tuned_launches() -> list[Any]:
                 queries = DECODE if name.endswith("_decode") else row["up_to"] or 2048
                 dtype = DTYPES[name.removesuffix("_decode")]
                 launch = launch_of(arch, queries, dtype, "none" if queries <= DECODE else "causal")
-                numbers = (launch.args[n] for n in ("KEYS", "ROWS", "STEP"))
+                numbers = (launch.args.get(n, 0) for n in ("KEYS", "ROWS", "STEP"))
                 key = (arch, name, *numbers, launch.num_warps, launch.num_stages)
                 found.setdefault(key, pytest.param(arch, launch, id="-".join(map(str, key))))
     return list(found.values())
@@ -88,11 +88,12 @@ def test_options(options: dict[str, Any], tmp_path: Path) -> None:
     assert sass.compile_launch(launch_of("sm_90", 300, dtype, **rest), "sm_90", tmp_path).spilled == 0
 
 
-def test_nothing_of_the_products_reaches_memory(tmp_path: Path) -> None:
-    """What is stored is scores: per step and thread as many words as scores, not as products."""
-    launch = launch_of("sm_90", 2048, torch.bfloat16, "none")
+@pytest.mark.parametrize("queries", [64, 2048])
+def test_nothing_of_the_products_reaches_memory(queries: int, tmp_path: Path) -> None:
+    """What is stored is scores: per thread as many words as scores, not as products."""
+    launch = launch_of("sm_90", queries, torch.bfloat16, "none")
     binary = sass.compile_launch(launch, "sm_90", tmp_path)
-    scores = launch.args["KEYS"] * launch.args["STEP"] // (32 * launch.num_warps)
+    scores = launch.args["KEYS"] * launch.args.get("STEP", launch.args["ROWS"]) // (32 * launch.num_warps)
     assert 1 <= binary.count("STG") <= max(scores, 1)
 
 

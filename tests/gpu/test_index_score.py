@@ -58,6 +58,16 @@ def test_dtypes_and_masks(kind: str, dtype: torch.dtype, queries: int, keys: int
     check(args, inlined=True)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype, tile", [(BF16, "keys=128"), (F16, "keys=64"), (F32, "keys=64"), (E4, "keys=128")])
+@pytest.mark.parametrize("queries, heads, width", [(3, 64, 128), (64, 12, 96), (333, 64, 128), (1024, 8, 64)])
+def test_a_product_per_head(queries: int, heads: int, width: int, dtype: torch.dtype, tile: str, kind: str) -> None:
+    mask = hidden(kind, 2, queries, 1027, device="cuda")
+    args = draw(2, queries, 1027, heads, width, dtype=dtype, device="cuda", scales="k" if dtype == E4 else "", **mask)
+    for inlined in (False, True):
+        check(args, f"{tile},queries=64,columns=0,warps=4,stages=2", inlined)
+
+
 @pytest.mark.parametrize("heads, width", [(8, 64), (12, 64), (16, 128), (24, 96), (32, 128), (128, 128), (64, 256)])
 @pytest.mark.parametrize("kind", ["none", "keep"])
 def test_shapes(heads: int, width: int, kind: str) -> None:

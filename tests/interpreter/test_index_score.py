@@ -1,4 +1,4 @@
-"""`index_score_kernel` against float64, on the interpreter; outputs start as NaN, so each place must be written."""
+"""The kernels of `index_score` against float64, on the interpreter; outputs start as NaN: all must be written."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from fusion_passes import tuning
 from tests.support.index_score import E4, Arguments, draw, expected, hidden, launch, relative_error
 
 SMALL = "keys=16,queries=4,columns=16,warps=1,stages=1"
+BY_HEAD = "keys=16,queries=16,columns=0,warps=1,stages=1"
 KINDS = ("none", "keep", "drop", "add", "causal")
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
-def check(args: Arguments, forced: str = SMALL, inlined: bool = True) -> None:
-    with tuning.overriding(index_score=forced):
-        actual = launch(args, inlined=inlined)
-    assert relative_error(actual, expected(args)) < BOUND[args.dtype]
+def check(args: Arguments, *launches: str, inlined: bool = True) -> None:
+    for forced in launches or (SMALL, BY_HEAD):
+        with tuning.overriding(index_score=forced):
+            actual = launch(args, inlined=inlined)
+        assert relative_error(actual, expected(args)) < BOUND[args.dtype], forced
 
 
 @pytest.mark.parametrize("kind", KINDS)

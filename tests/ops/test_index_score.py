@@ -14,7 +14,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from fusion_passes import arch, tuning
 from fusion_passes.lowering import Launch, Program, Target, _operand
-from fusion_passes.ops.index_score import KINDS, OP, TABLE, cases, index_score, plan, reference, unsupported
+from fusion_passes.ops._index_score_launch import KINDS, TABLE, plan, unsupported
+from fusion_passes.ops.index_score import OP, cases, index_score, reference
 from tests.support.index_score import E4, Arguments, draw, expected, hidden, in_batch_order, relative_error
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -185,14 +186,26 @@ def test_programs_cover_the_scores_and_the_multiprocessors(queries: int, keys: i
     launch = launch_of(real(queries, keys))
     rows, columns = -(-queries // launch.args["ROWS"]), -(-keys // launch.args["KEYS"])
     assert launch.grid == (rows * columns,)
-    shortest = launch.args["STEP"]
-    assert rows * columns >= 132 or launch.args["ROWS"] == shortest
-    assert launch.args["ROWS"] % shortest == 0
+    if "heads" in launch.args:
+        assert rows * columns >= 132 or launch.args["KEYS"] <= 64
+        assert launch.args["ROWS"] == 64, "a product of fewer rows leaves half of a tensor core idle"
+    else:
+        assert rows * columns >= 132 or launch.args["ROWS"] == launch.args["STEP"]
+        assert launch.args["ROWS"] % launch.args["STEP"] == 0
+
+
+def test_few_queries_take_a_product_of_many_heads_and_many_queries_one_per_head() -> None:
+    few, many = (launch_of(real(queries)).args for queries in (64, 2048))
+    assert "heads" not in few and few["BH"] == 64
+    assert many["heads"] == 64 and "STEP" not in many
+    # Rows that are known to exist are not masked; an eager kernel serves any number of them.
+    tails = [launch_of(real(n), inlined=known).args["ROWS_IN"] for n in (2048, 2000) for known in (True, False)]
+    assert tails == [True, False, False, False]
 
 
 @pytest.mark.parametrize("heads, step", [(1, 8), (8, 8), (12, 4), (16, 4), (24, 2), (64, 1), (100, 1)])
 def test_a_step_takes_as_many_queries_as_make_a_product(heads: int, step: int) -> None:
-    launch = launch_of(real(2048, heads=heads))
+    launch = launch_of(real(100, heads=heads))
     assert launch.args["STEP"] == step and launch.args["BH"] == max(8, 1 << (heads - 1).bit_length())
 
 
@@ -216,8 +229,9 @@ def test_infinite_fills_are_a_flag(fill: float, number: float, infinite: bool) -
     [
         ("warps=64", "64 warps are 2048 threads"),
         ("keys=8", "a tile has 16 keys at least, got 8"),
+        ("columns=0,queries=8", "columns=0. takes 16 queries at least, got 8"),
         ("columns=256,queries=2", "one product takes 4 queries of 64 heads; queries=2 is less"),
-        ("keys=1024,warps=4", "would hold 512 values"),
+        ("keys=1024,warps=4", "would hold 1024 values"),
         ("keys=512,warps=16,stages=8", "the tiles take"),
         ("keys=24", "keys of index_score must be a power of two"),
     ],
