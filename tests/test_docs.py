@@ -85,7 +85,7 @@ def test_docstrings_become_markdown() -> None:
     )
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 13), reason="the pictures are of graphs that torch 2.13 traces")
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="the pictures are of graphs that torch 2.13 traces")
 def test_the_pictures_are_as_they_are_drawn_now() -> None:
     wanted = generator("pictures").pictures()
     assert {path.name for path in (DOCS / "pictures").iterdir()} == set(wanted)
