@@ -270,6 +270,20 @@ def test_pictures(tmp_path: Path) -> None:
     assert all(min(png_size(path)) > 100 for path in written)
 
 
+@pytest.mark.skipif(not COMMITTED, reason="needs a checkout")
+def test_pictures_of_the_committed_results_are_small_enough_to_commit(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    most = max(COMMITTED, key=lambda path: path.stat().st_size)
+    written = plots.draw(results.read(most), tmp_path)
+    assert any(path.name == "roofline.png" for path in written)
+    assert all(path.stat().st_size < 100_000 for path in written)
+
+
+@pytest.mark.parametrize("value, text", [(0.918, "0.918"), (33.6, "33.6"), (999, "999"), (1239.3, "1,240")])
+def test_labels_have_three_digits(value: float, text: str) -> None:
+    assert plots._number(value) == text
+
+
 def test_no_roofline_without_the_rates_of_the_gpu_nor_for_models(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert len(plots.draw(Results((row(),), {"gpu": "some GPU"}), tmp_path)) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ _COLOURS = {
 }
 # A bar that is longer than this many times stock's is cut off, and its label says how long it is.
 _WIDEST = 2.0
+# Few colours make small files: a picture of twenty cases stays under 100 kB.
+_DPI, _PALETTE = 120, 160
 _OTHERS = ("#66a182", "#edae49", "#8d6a9f", "#00798c")
 
 
@@ -57,8 +60,11 @@ def require() -> None:
 
 
 def _save(pyplot: Any, figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    image = importlib.import_module("PIL.Image")  # matplotlib needs pillow itself
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=_DPI, bbox_inches="tight")
     pyplot.close(figure)
+    image.open(buffer).convert("RGB").quantize(_PALETTE).save(path, optimize=True)
     return path
 
 
@@ -72,31 +78,38 @@ def _bars(pyplot: Any, rows: Sequence[Row], title: str) -> Any:
     names = [name for name in contestants(rows) if any(row.gpu_us(name) for row in rows)]
     colours = _colours(names)
     scale, unit = (1e3, "ms") if rows[0].model else (1.0, "us")
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.16 * len(rows) * (len(names) + 1)))
-    height = 0.84 / max(len(names), 1)
-    for i, name in enumerate(names):
-        for y, row in enumerate(rows):
-            time = row.gpu_us(name)
-            if time is None:
-                continue
-            place, share = y - 0.42 + height * (i + 0.5), time / _unit_of(row)
-            axes.barh(place, min(share, _WIDEST), height, color=colours[name], label=TITLES.get(name, name))
-            text = f" {time / scale:.3g}" + (f" ({share:.0f} x)" if share > _WIDEST else "")
-            axes.text(min(share, _WIDEST), place, text, va="center", fontsize=6)
-    for y, row in enumerate(rows):
-        if row.floor_us:
+    timed = [[(name, time) for name in names if (time := row.gpu_us(name))] for row in rows]
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.15 * sum(len(times) + 1 for times in timed)))
+    edge, middles, shown, without = 0.0, [], {}, False
+    for row, times in zip(rows, timed):
+        without |= not row.gpu_us("stock")
+        for i, (name, time) in enumerate(times):
+            share, place = time / _unit_of(row), edge + i + 0.5
+            shown[name] = axes.barh(place, min(share, _WIDEST), 0.96, color=colours[name])
+            text = f" {_number(time / scale)}" + (f" ({share:.1f} x)" if share > _WIDEST else "")
+            axes.text(min(share, _WIDEST), place, text, va="center", fontsize=7)
+        middles.append(edge + max(len(times), 1) / 2)
+        if row.floor_us and times:
             floor = row.floor_us / _unit_of(row)
-            axes.plot([floor, floor], [y - 0.45, y + 0.45], color="black", linewidth=1.5, label="floor")
-    axes.set_yticks(range(len(rows)), [row.case for row in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel(f"GPU time per call as a multiple of stock; the labels are in {unit}")
+            (shown["floor"],) = axes.plot([floor] * 2, [edge - 0.1, edge + len(times) + 0.1], color="black", lw=1.5)
+        edge += max(len(times), 1) + 1
+    axes.set_yticks(middles, [row.case for row in rows])
+    axes.set_ylim(edge - 0.5, -0.5)
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.1)  # room for the label of the longest bar
+    of = "stock" + (", of the first bar where stock has none" if without else "")
+    axes.set_xlabel(f"GPU time per call as a multiple of {of}; the labels are in {unit}")
     axes.set_title(title, fontsize=10)
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
-    handles, labels = axes.get_legend_handles_labels()
-    once = dict(zip(labels, handles))
-    axes.legend(once.values(), once, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    order = [name for name in (*names, "floor") if name in shown]
+    labels = [TITLES.get(name, name) for name in order]
+    axes.legend([shown[name] for name in order], labels, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
+
+
+def _number(value: float) -> str:
+    """Three digits, thousands with a comma: 0.92, 33.6, 1,240."""
+    return f"{value:.3g}" if value < 1000 else f"{float(f'{value:.3g}'):,.0f}"
 
 
 def _unit_of(row: Row) -> float:
@@ -116,7 +129,7 @@ def _roofline(pyplot: Any, rows: Sequence[Row], copy_rate: float, matmul_rate: f
         timed = [(row, time) for row in rows if (time := row.gpu_us(name))]
         if not timed:
             continue
-        look = {"s": 18, "marker": marker, "color": _COLOURS[name], "label": TITLES[name]}
+        look = {"s": 18, "marker": marker, "color": _COLOURS[name], "label": TITLES[name], "zorder": 3, "clip_on": False}
         points = [(row.flops / row.bytes, row.flops / time * 1e6) for row, time in timed if row.flops]
         left.scatter([x for x, _ in points], [y for _, y in points], **look)
         shares = [(row.bytes, 100 * (row.floor_us or 0.0) / time) for row, time in timed]
@@ -128,7 +141,13 @@ def _roofline(pyplot: Any, rows: Sequence[Row], copy_rate: float, matmul_rate: f
     for axes in (left, right):
         axes.grid(which="both", alpha=0.2)
         axes.set_axisbelow(True)
-    right.legend(fontsize=8, frameon=False)
-    figure.suptitle(f"{where}: {copy_rate / 1e12:.2f} TB/s, {matmul_rate / 1e12:.0f} TFLOP/s", fontsize=10)
+        axes.xaxis.set_minor_formatter(pyplot.NullFormatter())  # between few decades these run into each other
+    ticker = importlib.import_module("matplotlib.ticker")
+    few = max(row.bytes for row in rows) < 100 * min(row.bytes for row in rows)
+    right.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if few else (1,)))
+    right.xaxis.set_major_formatter(ticker.EngFormatter("B"))
+    right.legend(fontsize=8)
+    ops = ", ".join(dict.fromkeys(row.group for row in rows))
+    figure.suptitle(f"{ops} on {where}: {copy_rate / 1e12:.2f} TB/s, {matmul_rate / 1e12:.0f} TFLOP/s", fontsize=10)
     figure.tight_layout()
     return figure
