@@ -33,8 +33,6 @@ SCHEMA = (
     "bool columns, bool chunks_first, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)"
 )
 LOWEST = -1e30
-# Channels of heads for which the kernels were checked on a GPU.
-ON_GPU = (64, 128, 256)
 
 
 # --- reference -------------------------------------------------------------------------------------------------------
@@ -144,20 +142,10 @@ def _cpu(
     return reference(k, v, sums, beta, q, scale, norm_eps, results, columns, chunks_first, out_dtype)
 
 
-def unsupported(key: int, value: int) -> str | None:
-    """Why the kernels are not launched for heads of K and V channels, or None."""
-    for name, width in (("K", key), ("V", value)):
-        if width not in ON_GPU:
-            return f"{name} is {width}; on GPUs heads of {', '.join(map(str, ON_GPU))} channels are verified"
-    return None
-
-
 def _plan(target: Target, k: Operand, v: Operand, *rest: Any) -> Any:
     """The launch, imported when it is needed: importing the op alone must not import Triton."""
     from fusion_passes.ops._delta_rule_intra_plan import plan
 
-    if (reason := unsupported(int(k.shape[3]), int(v.shape[3]))) is not None:
-        raise NotImplementedError(f"delta_rule_intra: {reason}")
     return plan(target, k, v, *rest)
 
 
@@ -190,7 +178,7 @@ def delta_rule_intra(
 
     Args:
         k: [B, T, HK, K]; bfloat16, float16 or float32, as v, beta and q; any strides whose last is 1. K and V are
-            multiples of 16, up to 256; on a GPU 64, 128 or 256.
+            multiples of 16, up to 256.
         v: [B, T, HV, V], HV a multiple of HK; any strides whose last is 1.
         sums: G, [B, HV, N, C], or [B, HV, N, C, K] with one decay per channel; float32; C 16, 32 or 64, and N C at
             least T: rows behind the last token are zero. Any strides, the last 1 with channels.
@@ -210,7 +198,7 @@ def delta_rule_intra(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, stride, device or value; the message says what it
             is and what it must be.
-        NotImplementedError: K or V on a GPU, or a backward pass reaches the op.
+        NotImplementedError: a backward pass reaches the op.
     """
     u, w, pairs = OP(
         k, v, sums, beta, q, k.shape[-1] ** -0.5 if scale is None else scale, norm_eps, results, columns,
