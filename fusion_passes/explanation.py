@@ -14,6 +14,7 @@ from fusion_passes import arch, records, sketches
 from fusion_passes.graph_pass import FusionPass
 from fusion_passes.reports import Report
 from fusion_passes.settings import snapshot
+from fusion_passes.transformers import kernels_of_others
 
 # Fruitless starts of a search that are named one by one.
 _STARTS = 3
@@ -52,7 +53,7 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     finally:
         torch._dynamo.reset()
     breaks = sum(counters["graph_break"].values()) - breaks
-    return Report(tuple(explained.found), tuple(_notes(explained, breaks)), explained.drawings)
+    return Report(tuple(explained.found), tuple(_notes(explained, breaks, f)), explained.drawings)
 
 
 def tracing_backend(explained: FusionPass, run_rewritten: bool = False) -> Callable[..., Any]:
@@ -102,10 +103,11 @@ def _unwrap(f: Callable[..., Any]) -> tuple[Callable[..., Any], bool | None]:
     return inner, next((cell._dynamic for cell in cells if hasattr(cell, "_dynamic")), None)
 
 
-def _notes(explained: FusionPass, breaks: int) -> list[str]:
+def _notes(explained: FusionPass, breaks: int, f: Callable[..., Any]) -> list[str]:
     notes = []
     if not explained.found:
         notes += _fruitless(explained)
+    notes += _hidden(f)
     settings = explained.settings
     if not torch.cuda.is_available():
         assumed = arch.by_name(settings.arch)
@@ -114,6 +116,18 @@ def _notes(explained: FusionPass, breaks: int) -> list[str]:
         plural = "s" if breaks > 1 else ""
         notes.append(f"The call has {breaks} graph break{plural}: sites are found within a graph only.")
     return notes
+
+
+def _hidden(f: Callable[..., Any]) -> list[str]:
+    """Which delta rules of a model the search cannot see, because a kernel of others computes them, and what to do."""
+    model = f if isinstance(f, torch.nn.Module) else getattr(f, "__self__", None)
+    if not isinstance(model, torch.nn.Module):
+        return []
+    return [
+        f"{name} is hidden: {whose}, a kernel of its own, computes it, and no search looks into kernels. "
+        "fusion_passes.transformers.bind(model, replace_kernels=True) puts chunk_delta_rule in its place."
+        for name, whose in kernels_of_others(model)
+    ]
 
 
 def _fruitless(explained: FusionPass) -> list[str]:

@@ -170,6 +170,16 @@ def unbind(model: torch.nn.Module | None = None) -> list[str]:
         return [slot.label for key, slot in list(_slots.items()) if (keys is None or key in keys) and slot.restore()]
 
 
+def kernels_of_others(model: torch.nn.Module) -> list[tuple[str, str]]:
+    """The delta rule functions of a model that a kernel of flash-linear-attention or from the Hub serves, and whose."""
+    served = []
+    for owner, name in _functions(model):
+        _, kernel = _unwrap(vars(owner)[name])
+        if kernel is not None:
+            served.append((_label(owner, name), _whose(kernel, name)))
+    return served
+
+
 # --- one rebound name ------------------------------------------------------------------------------------------------
 
 
@@ -192,8 +202,7 @@ class _Slot:
         original = vars(owner)[name]
         spelled, kernel = _unwrap(original)
         if kernel is not None and not replace_kernels:
-            what = f"{getattr(kernel, '__module__', '').partition('.')[0]}'s {getattr(kernel, '__name__', name)}"
-            raise _NotBindable(f"{what} is in place; bind(replace_kernels=True) takes its place")
+            raise _NotBindable(f"{_whose(kernel, name)} is in place; bind(replace_kernels=True) takes its place")
         make = delta_rule_calls.stand_in(spelled)
         if make is None:
             raise _NotBindable(f"its parameters are not those that are known: {inspect.signature(spelled)}")
@@ -237,6 +246,10 @@ def _unwrap(function: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[
     spelled = inner.get("torch_function", inspect.unwrap(function))
     implementation = inner.get("implementation", spelled)
     return spelled, kernel or (None if implementation is spelled else implementation)
+
+
+def _whose(kernel: Callable[..., Any], name: str) -> str:
+    return f"{getattr(kernel, '__module__', '').partition('.')[0]}'s {getattr(kernel, '__name__', name)}"
 
 
 def _variables(function: Callable[..., Any]) -> dict[str, Any]:

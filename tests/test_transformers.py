@@ -257,7 +257,7 @@ def _own_module(name: str, function: Any) -> tuple[types.ModuleType, torch.nn.Mo
     module = types.ModuleType(f"transformers_modules.modeling_{name}")
     sys.modules[module.__name__] = module
     module.__dict__["chunk_gated_delta_rule"] = function
-    layer = type("Layer", (torch.nn.Module,), {"__module__": module.__name__})()
+    layer = type("Layer", (torch.nn.Module,), {"__module__": module.__name__, "forward": lambda self, x: x + 1})()
     return module, layer
 
 
@@ -266,6 +266,11 @@ def own_modules_are_forgotten() -> Iterator[None]:
     yield
     for name in [name for name in sys.modules if name.startswith("transformers_modules.")]:
         del sys.modules[name]
+
+
+def _hidden(layer: Any) -> list[str]:
+    """What `explain` says of kernels that hide a delta rule."""
+    return [note for note in fusion_passes.explain(layer, torch.ones(2)).notes if "is hidden" in note]
 
 
 def _skipped(layer: torch.nn.Module, **options: bool) -> str:
@@ -337,8 +342,13 @@ def test_kernels_of_others_keep_their_place_unless_told() -> None:
     reason = _skipped(layer)
     assert reason.startswith("fla's chunk_gated_delta_rule is in place; bind(replace_kernels=True)")
     assert module.__dict__["chunk_gated_delta_rule"] is served
+    (note,) = _hidden(layer)
+    assert note.startswith("transformers_modules.modeling_served.chunk_gated_delta_rule is hidden: ")
+    assert "fla's chunk_gated_delta_rule, a kernel of its own" in note and "bind(model, replace_kernels=True)" in note
+    assert _hidden(layer.forward) == [note]
     with door.bind(layer, replace_kernels=True) as binding:
         assert len(binding.bound) == 1
+        assert _hidden(layer) == []
         call = module.__dict__["chunk_gated_delta_rule"]
         args = list(arguments(per_channel=False, tokens=3).values())
         assert isinstance(call(*args)[0], Tensor) and not calls
@@ -361,8 +371,10 @@ def test_kernels_from_the_hub_keep_their_place_unless_told() -> None:
     with door.bind(layer) as binding:
         assert len(binding.bound) == 1
     assert module.__dict__["chunk_gated_delta_rule"] is plain
+    assert _hidden(layer) == []
     module.__dict__["chunk_gated_delta_rule"] = replaced
     assert "is in place" in _skipped(layer)
+    assert len(_hidden(layer)) == 1
     assert len(door.bind(layer, replace_kernels=True).bound) == 1
 
 

@@ -125,11 +125,12 @@ def _roofline(pyplot: Any, rows: Sequence[Row], copy_rate: float, matmul_rate: f
     ridge = matmul_rate / copy_rate
     low, high = min([*intensities, 1.0]) / 4, max([*intensities, ridge]) * 4
     left.plot([low, ridge, high], [low * copy_rate, matmul_rate, matmul_rate], color="black", linewidth=1.5)
+    on_top = {"zorder": 3, "clip_on": False}
     for name, marker in (("stock", "o"), ("fused", "D"), ("op", "x")):
         timed = [(row, time) for row in rows if (time := row.gpu_us(name))]
         if not timed:
             continue
-        look = {"s": 18, "marker": marker, "color": _COLOURS[name], "label": TITLES[name], "zorder": 3, "clip_on": False}
+        look = {"s": 18, "marker": marker, "color": _COLOURS[name], "label": TITLES[name]} | on_top
         points = [(row.flops / row.bytes, row.flops / time * 1e6) for row, time in timed if row.flops]
         left.scatter([x for x, _ in points], [y for _, y in points], **look)
         shares = [(row.bytes, 100 * (row.floor_us or 0.0) / time) for row, time in timed]
