@@ -176,6 +176,8 @@ def _scale(root: Node, product: Node, q: Node | None, sizes: Sizes) -> float:
 def _fate(node: Node) -> str:
     """Where a product goes, in words."""
     while True:
+        if len(node.users) > 1 and any(user.op == "output" for user in node.users):
+            return "it is returned by the graph or saved for the backward pass"
         if len(node.users) != 1:
             return f"{len(node.users)} nodes use it"
         node = next(iter(node.users))

@@ -106,9 +106,10 @@ def _is_multiplied(anchor: Node) -> bool:
     """Does a product or quotient directly follow, views and casts aside?"""
     node = anchor
     for _ in range(scaling_of.LONGEST):
-        if len(node.users) != 1:
+        users = [user for user in node.users if user.op != "output"]
+        if len(users) != 1:
             return False
-        node = next(iter(node.users))
+        (node,) = users
         if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
             return True
         if not scaling_of.carries_product(node):

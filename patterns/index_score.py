@@ -102,6 +102,8 @@ def _bottom(activation: Node) -> Node | None:
         users = [user for user in node.users if user.users or user.op == "output"]
         if any(user.target in SELECTIONS for user in users):
             return None
+        if not summed:  # what is saved for the backward pass is a reason to refuse the site, not to overlook it
+            users = [user for user in users if not _is_result(user)] or users
         if len(users) != 1 or users[0].op == "output":
             break
         (user,) = users
@@ -111,6 +113,11 @@ def _bottom(activation: Node) -> Node | None:
         summed |= reduces
         node = user
     return node if summed or node.target is aten.add.Tensor else None
+
+
+def _is_result(node: Node) -> bool:
+    """Is `node` the output of the graph, or needed by nothing else?"""
+    return node.op == "output" or all(user.op == "output" for user in node.users)
 
 
 def match(anchor: Node, context: Context) -> Site | None:

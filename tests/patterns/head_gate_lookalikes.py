@@ -167,7 +167,7 @@ def product_used_twice(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return product * 0.5, product.cumsum(1)
 
 
-@entry(LOOKALIKES, "is not scaled: 2 nodes use it", weights=F32, make=shapes((TOKENS, COLUMNS), (HEADS, COLUMNS)))
+@entry(LOOKALIKES, "is not scaled: it is returned", weights=F32, make=shapes((TOKENS, COLUMNS), (HEADS, COLUMNS)))
 def product_returned_too(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     product = F.linear(x.float(), weight.float())
     return product * 0.5, product
