@@ -1,0 +1,107 @@
+"""Symbolic numbers of tokens, for all fusions: results are eager's, guards and recompiles those of stock Inductor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.decorators import mark_unbacked
+from torch.utils._pytree import tree_leaves
+
+from fusion_passes.explanation import tracing_backend
+from fusion_passes.graph_pass import FusionPass
+from fusion_passes.settings import snapshot
+from fusion_passes.testing import assert_same
+from tests.support.sites import SITES, Site, fusion_of
+
+# One compile each: what it fused, its guards, the ranges of its symbols.
+Compiles = list[tuple[list[str], list[str], list[str]]]
+Mark = Callable[[Tensor, int], None]
+
+
+def dynamic(tensor: Tensor, axis: int) -> None:
+    torch._dynamo.mark_dynamic(tensor, axis)
+
+
+def bounded(tensor: Tensor, axis: int) -> None:
+    torch._dynamo.mark_dynamic(tensor, axis, min=2, max=4096)
+
+
+def left_to_dynamo(tensor: Tensor, axis: int) -> None:
+    """The first call is compiled for its sizes, the second one for symbols."""
+
+
+def compiles(site: Site, fusions: str, mark: Mark, lengths: Iterable[int]) -> Compiles:
+    """Calls with several lengths, whose results are compared with eager's."""
+    found: Compiles = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        own = {"strict": True, "reference_on_cpu": True, "always_profitable": True, "fusions": fusions}
+        explained = FusionPass(snapshot(own))
+        run = tracing_backend(explained, run_rewritten=True)(gm, inputs)
+        context = torch._guards.TracingContext.get()
+        assert context.fake_mode is not None
+        env = context.fake_mode.shape_env
+        guards = [] if env is None else [str(guard.expr) for guard in env.guards]
+        ranges = [] if env is None else [f"{symbol}: {value}" for symbol, value in env.var_to_range.items()]
+        found.append(([r.fusion for r in explained.found if r.outcome == "fused"], guards, ranges))
+        return run
+
+    torch._dynamo.reset()
+    compiled = torch.compile(site.function, backend=backend, fullgraph=True)
+    for length in lengths:
+        ours, theirs = site.inputs(length), site.inputs(length)
+        for tensor, shape in zip(ours, site.shapes):
+            for axis in [axis for axis, size in enumerate(shape) if size == "t"]:
+                mark(tensor, axis)
+        calls = ((compiled, ours), (site.function, theirs))
+        actual, expected = ([x.float() for x in tree_leaves(f(*given))] for f, given in calls)
+        assert_same((actual, ours), (expected, theirs), 1e-4, 1e-4)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Any:
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+def check(name: str, mark: Mark, lengths: Iterable[int]) -> list[int]:
+    """Guards and recompiles are those without fusions; returns the sites of each compile."""
+    stock, ours = (compiles(SITES[name], fusions, mark, lengths) for fusions in ("none", fusion_of(name)))
+    assert [seen[1:] for seen in ours] == [seen[1:] for seen in stock]
+    return [len(fused) for fused, _, _ in ours]
+
+
+SYMBOLIC = [name for name, site in SITES.items() if site.symbolic]
+# Their padding to whole chunks has guards of its own, which no bounds allow and which no unbacked size can pass.
+CHUNKED = {"gate_cumsum", "delta_rule_intra"}
+FREE = [name for name in SYMBOLIC if name not in CHUNKED]
+
+
+@pytest.mark.parametrize("name", SYMBOLIC)
+def test_any_number_of_tokens(name: str) -> None:
+    """Fewer than a chunk has, one and none among them; for the last two there is a graph each."""
+    sites = check(name, dynamic, (40, 17, 1, 0))
+    assert len(sites) <= 3
+    assert sites[0] == 1 or name == "redundant_copy"  # whose order of writes is open without bounds
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_bounds_that_are_given(name: str) -> None:
+    assert check(name, bounded, (40, 17)) == [1]
+
+
+@pytest.mark.parametrize("name", ["head_gate", "full_topk", "rotate_pairs", "qkv_split"])
+def test_sizes_that_become_symbolic_at_the_second_call(name: str) -> None:
+    assert check(name, left_to_dynamo, (40, 17, 64)) == [1, 1]
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_sizes_without_a_number(name: str) -> None:
+    """No guard can be asked about them, so that nothing is found."""
+    assert len(check(name, mark_unbacked, (40, 17))) == 1
