@@ -25,7 +25,7 @@ def check(fusion: Fusion, site: Site, new: Sequence[Node], sizes: Sizes) -> None
     Symbolic sizes take their hints. Nothing is checked for a device that this machine does not have.
 
     Raises:
-        Refusal: the relative error (L2 norm) exceeds the fusion's tolerance, or the values are NaN in
+        Refusal: the relative error (L2 norm) exceeds the fusion's tolerance, or the values are NaN or infinite in
             different places.
     """
     device = site.replaced.meta["val"].device
@@ -45,8 +45,12 @@ def check(fusion: Fusion, site: Site, new: Sequence[Node], sizes: Sizes) -> None
 def _compare(fusion: Fusion, actual: torch.Tensor, expected: torch.Tensor) -> None:
     if not torch.equal(expected.isnan(), actual.isnan()):
         raise Refusal("verify: the fused op and the subgraph are NaN in different places")
-    error = (actual - expected).nan_to_num().norm() / expected.nan_to_num().norm().clamp_min(1e-30)
-    if error > fusion.tolerance:
+    infinite = expected.isinf()
+    if not torch.equal(infinite, actual.isinf()) or not torch.equal(expected[infinite], actual[infinite]):
+        raise Refusal("verify: the fused op and the subgraph are infinite in different places")
+    finite = expected.isfinite()
+    error = (actual - expected)[finite].norm() / expected[finite].norm().clamp_min(1e-30)
+    if not error <= fusion.tolerance:
         raise Refusal(
             f"verify: the fused op differs from the subgraph by {error:.1e} (relative L2), more than the "
             f"{fusion.tolerance:.0e} that {fusion.name} allows"
