@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
-from fusion_passes import expectation, guards, records, registry, rewrite, sketches, tuning, verify
+from fusion_passes import estimates, expectation, guards, records, registry, rewrite, sketches, tuning, verify
+from fusion_passes.estimates import Estimate
 from fusion_passes.fingerprint import fingerprint
 from fusion_passes.fusion import Because, Context, Fusion, NearMiss, Reason, Refusal, Site
 from fusion_passes.records import Outcome, Record
@@ -26,6 +27,8 @@ from fusion_passes.sizes import Sizes, Unsupported, assignments
 from fusion_passes.sketches import Drawing
 
 log = logging.getLogger(__name__)
+
+UNKNOWN = Estimate()
 
 
 class FusionPass(CustomGraphPass):
@@ -145,6 +148,7 @@ class FusionPass(CustomGraphPass):
             reason = reason or _bisected_away(fusion, anchor)
             if reason is not None:
                 return _record(fusion, "refused", reason, anchor)
+            estimate = estimates.of_site(site, context.sizes[0])
             if site.rewrite is not None:
                 site.rewrite()
             else:
@@ -164,7 +168,7 @@ class FusionPass(CustomGraphPass):
                 raise
             log.warning("fusion %s failed at %s, which is left alone", fusion.name, anchor.name, exc_info=True)
             return _record(fusion, "refused", f"internal error: {type(error).__name__}: {error}", anchor)
-        return _record(fusion, "fused", site.summary, anchor, site)
+        return _record(fusion, "fused", site.summary, anchor, estimate)
 
     def _keep_sketch(self, fusion: Fusion, anchor: Node, record: Record | None) -> None:
         """For `explain`: what is around an anchor that led to nothing, if no site was drawn there."""
@@ -270,15 +274,16 @@ def _calls(graph: Graph) -> list[Record]:
     ]
 
 
-def _record(fusion: Fusion, outcome: Outcome, reason: str, anchor: Node, site: Site | None = None) -> Record:
+def _record(fusion: Fusion, outcome: Outcome, reason: str, anchor: Node, estimate: Estimate = UNKNOWN) -> Record:
     return Record(
         fusion.name,
         outcome,
         str(reason),
         records.source_of(anchor),
         anchor.name,
-        saved_bytes=site.saved_bytes if site else None,
-        saved_launches=site.saved_launches if site else None,
+        saved_bytes=estimate.traffic,
+        saved_launches=estimate.launches,
+        saved_memory=estimate.held,
         hint=reason.hint if isinstance(reason, Because) else "",
     )
 

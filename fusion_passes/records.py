@@ -42,6 +42,7 @@ class Record:
         graph: a short key of the graph, to tell equal sites of different graphs apart.
         saved_bytes: estimated memory traffic saved per call, for fused sites.
         saved_launches: estimated kernel launches saved per call, for fused sites.
+        saved_memory: estimated bytes that intermediates held at once and no longer do, for fused sites.
         hint: what would make a site match that was left alone, or "" where the fusion does not say.
     """
 
@@ -53,6 +54,7 @@ class Record:
     graph: str = ""
     saved_bytes: int | None = None
     saved_launches: int | None = None
+    saved_memory: int | None = None
     hint: str = ""
 
 

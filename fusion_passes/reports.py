@@ -143,6 +143,8 @@ def _table(group: Iterable[Record] | Counter[Record]) -> list[str]:
         lines.append(f"  {record.fusion}{times}  {short(record.source) or record.node}")
         savings = saved([record])
         lines.append(f"      {record.reason}" + (f"; saves {savings} per call" if savings else ""))
+        if record.saved_memory:
+            lines.append(f"      {in_bytes(record.saved_memory)} of intermediates at once are no longer in memory")
         if record.hint:
             lines.append(f"      what would help: {record.hint}")
     return lines

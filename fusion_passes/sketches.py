@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch.fx import Graph, Node
 
-from fusion_passes import aten, cone
+from fusion_passes import aten, cone, estimates
+from fusion_passes.estimates import constants, has_tensor
 from fusion_passes.folding import Group, fold, is_view
 from fusion_passes.fusion import Site, dtype_name
 from fusion_passes.sizes import Sizes
@@ -104,9 +105,9 @@ class Drawing:
 
 def of_site(site: Site, sizes: Sizes) -> Drawing:
     """A matched site, before anything is replaced."""
-    nodes = _between(site)
+    nodes = estimates.between(site)
     names = {leaf: name for name, leaf in site.leaves.items()}
-    return Drawing(sketch(nodes, site.outputs, names), held=_held(nodes, site, sizes))
+    return Drawing(sketch(nodes, site.outputs, names), held=estimates.held(nodes, site, sizes))
 
 
 def rewritten(drawing: Drawing, site: Site, graph: Graph, before: Collection[Node]) -> Drawing:
@@ -138,8 +139,8 @@ def sketch(nodes: Sequence[Node], results: Sequence[Node], names: Mapping[Node, 
 
     Constants are drawn where a single operator reads them, unless they are plain numbers.
     """
-    tensors = [node for node in nodes if _has_tensor(node) and node not in names]
-    constant = _constants(tensors)
+    tensors = [node for node in nodes if has_tensor(node) and node not in names]
+    constant = constants(tensors)
     if not constant.isdisjoint(results):
         constant = set()  # they are what is to be seen
     inside = set(tensors)
@@ -153,7 +154,7 @@ def sketch(nodes: Sequence[Node], results: Sequence[Node], names: Mapping[Node, 
         while node in hidden:
             node = node.all_input_nodes[0]
         if node not in place:
-            if not _has_tensor(node) or (node in constant and (folded or node.meta["val"].dim() == 0)):
+            if not has_tensor(node) or (node in constant and (folded or node.meta["val"].dim() == 0)):
                 return None
             place[node] = len(boxes)
             boxes.append(_constant_box(node) if node in constant else _input_box(node, names.get(node)))
@@ -244,72 +245,6 @@ def _constant_box(node: Node) -> Box:
     tip = f"{node.name}, {', '.join(_value(node))}: computed from constants and positions alone"
     title = word(node) if node.target in aten.FILLS else "from constants"
     return Box("constant", title, _value(node), tip)
-
-
-def _between(site: Site) -> list[Node]:
-    """The nodes between leaves and results, in graph order.
-
-    Where the site does not say which they are, those that Inductor computes on the fly, and writes into slices.
-    """
-    constant = _constants(site.replaced.graph.nodes)
-
-    def belongs(node: Node) -> bool:
-        if not site.interior:
-            return _on_the_fly(node)
-        return node in site.interior or any(cone.carries(node, leaf) for leaf in site.leaves.values())
-
-    stop, seen = set(site.leaves.values()), set(site.outputs)
-    stack = list(seen)
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in stop and source not in seen and (belongs(source) or source in constant):
-                seen.add(source)
-                stack.append(source)
-    return sorted(seen)
-
-
-def _constants(nodes: Iterable[Node]) -> set[Node]:
-    """Those of `nodes`, which are in graph order, that are computed from no tensor of the model."""
-    found: set[Node] = set()
-    for node in nodes:
-        if node.op == "call_function" and _has_tensor(node) and not node.is_impure():
-            sources = [source for source in node.all_input_nodes if _has_tensor(source)]
-            if found.issuperset(sources) and (sources or node.target in aten.FILLS):
-                found.add(node)
-    return found
-
-
-def _held(nodes: Sequence[Node], site: Site, sizes: Sizes) -> int | None:
-    """Most bytes that tensors written to memory between leaves and results hold at once."""
-    order = {node: i for i, node in enumerate(nodes)}
-    last: dict[Node, int] = {}
-    for node in reversed(nodes):
-        users = [user for user in node.users if user in order]
-        last[node] = max((last[u] if _on_the_fly(u) else order[u] for u in users), default=order[node])
-    changes = [0] * (len(nodes) + 1)
-    for node in nodes:
-        value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and not _on_the_fly(node) and node not in site.outputs:
-            size = sizes.numel(node) * value.dtype.itemsize
-            changes[order[node]] += size
-            changes[last[node] + 1] -= size
-    held = most = 0
-    for change in changes:
-        held += change
-        most = max(most, held)
-    return most or None
-
-
-def _on_the_fly(node: Node) -> bool:
-    """Does Inductor compute `node` where it is read, without writing it to memory?"""
-    return cone.is_transparent(node) or node.target in aten.SCATTERS
-
-
-def _has_tensor(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) or (
-        isinstance(value, (list, tuple)) and any(isinstance(part, torch.Tensor) for part in value)
-    )
 
 
 def _value(node: Node) -> tuple[str, ...]:
