@@ -127,7 +127,7 @@ def plan(
 ) -> Program:  # fmt: skip
     """Prologue and scan; between them a summary where the sequences are cut into segments."""
     from fusion_passes.ops import _delta_rule_prologue as prologue
-    from fusion_passes.ops._delta_rule_scan import scan_kernel
+    from fusion_passes.ops._delta_rule_scan import delta_rule_scan_kernel
 
     batch, tokens = q.shape[:2]
     key_heads, key, heads, value = _sizes(
@@ -169,10 +169,10 @@ def plan(
     if per_channel:
         between["rows_ptr"] = _scratch(operand, slots, heads, 3, CHUNK, padded)
         between["decay_ptr"] = _scratch(torch.float32, slots, heads, padded)
-        kernel = prologue.prologue_per_channel_kernel
+        kernel = prologue.delta_rule_prologue_per_channel_kernel
     else:
         between["factors_ptr"] = _scratch(torch.float32, slots, heads, 4, CHUNK)
-        kernel = prologue.prologue_per_head_kernel
+        kernel = prologue.delta_rule_prologue_per_head_kernel
     first |= {name: value for name, value in between.items() if value is not None}
     launches = [Launch(kernel, (slots * heads,), first, use["prologue_warps"])]
 
@@ -195,6 +195,6 @@ def plan(
     if segments > 1:
         args = {**scan, "SUMMARY": True, "state_ptr": None, "o_ptr": None, "final_ptr": None}
         grid = ((columns + padded // use["columns"]) * programs,)
-        launches.append(Launch(scan_kernel, grid, args, use["scan_warps"]))
-    launches.append(Launch(scan_kernel, (columns * programs,), scan, use["scan_warps"]))
+        launches.append(Launch(delta_rule_scan_kernel, grid, args, use["scan_warps"]))
+    launches.append(Launch(delta_rule_scan_kernel, (columns * programs,), scan, use["scan_warps"]))
     return Program(tuple(launches), (out, final))

@@ -147,7 +147,7 @@ def _store_values(
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
-def intra_per_head_kernel(
+def delta_rule_intra_per_head_kernel(
     k_ptr, v_ptr, sums_ptr, beta_ptr, q_ptr, u_ptr, w_ptr, pairs_ptr,
     k_offset, v_offset, sums_offset, beta_offset, q_offset, tokens, chunks,
     k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
@@ -237,7 +237,7 @@ def _middle(o_i, half):
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
-def intra_per_channel_kernel(
+def delta_rule_intra_per_channel_kernel(
     k_ptr, v_ptr, sums_ptr, beta_ptr, q_ptr, u_ptr, w_ptr, pairs_ptr,
     k_offset, v_offset, sums_offset, beta_offset, q_offset, tokens, chunks,
     k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,

@@ -95,5 +95,5 @@ def plan(
         "W_WIDTH": value + key if joined else key, "W_FIRST": value if results == "uw" else 0, "COLUMNS": columns,
         "SOLVE": "tf32" if narrow else exact, "PRECISION": "bf16" if narrow else exact,
     }  # fmt: skip
-    kernel = kernels.intra_per_channel_kernel if per_channel else kernels.intra_per_head_kernel
+    kernel = kernels.delta_rule_intra_per_channel_kernel if per_channel else kernels.delta_rule_intra_per_head_kernel
     return Program((Launch(kernel, (programs,), args, use["warps"]),), (u, w, pairs))

@@ -127,7 +127,7 @@ def _running_sums(b_decay, EXACT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences"])
-def prologue_per_head_kernel(
+def delta_rule_prologue_per_head_kernel(
     q_ptr, k_ptr, g_ptr, beta_ptr, a_log_ptr, bias_ptr, cu_seqlens_ptr, tiles_ptr, factors_ptr,
     q_offset, k_offset, g_offset, beta_offset, tokens, sequences,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
@@ -233,7 +233,7 @@ def _products(b_k, b_q, b_decay, sizes, o_i, o_j, PRECISION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences"])
-def prologue_per_channel_kernel(
+def delta_rule_prologue_per_channel_kernel(
     q_ptr, k_ptr, g_ptr, beta_ptr, a_log_ptr, bias_ptr, cu_seqlens_ptr, tiles_ptr, rows_ptr, decay_ptr,
     q_offset, k_offset, g_offset, beta_offset, tokens, sequences,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,

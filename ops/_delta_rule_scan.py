@@ -128,7 +128,7 @@ def _rows(x_ptr, x_offset, row, stride_b, head, stride_h, o_row, stride_t):
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences"])
-def scan_kernel(
+def delta_rule_scan_kernel(
     q_ptr, k_ptr, v_ptr, tiles_ptr, factors_ptr, rows_ptr, decay_ptr, state_ptr, cu_seqlens_ptr,
     o_ptr, final_ptr, maps_ptr, adds_ptr,
     q_offset, k_offset, v_offset, tokens, sequences,

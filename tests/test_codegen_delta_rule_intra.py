@@ -17,7 +17,7 @@ from tests.support import fake_cuda
 from tests.support.delta_rule import operands
 from tests.support.fake_cuda import allocated, body, launches
 
-KERNEL, STOCK = "intra_per_", "triton_"
+KERNEL, STOCK = "delta_rule_intra_per_", "triton_"
 
 
 @pytest.fixture(autouse=True)

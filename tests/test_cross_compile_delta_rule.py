@@ -72,7 +72,7 @@ def test_widths_fit(key: int, value: int, dtype: torch.dtype, per_channel: bool,
 @BOTH
 def test_few_heads_are_cut_into_segments(per_channel: bool, tmp_path: Path) -> None:
     launches = program("sm_90", per_channel, tokens=16384, heads=(8, 8)).launches
-    assert [launch.kernel.fn.__name__ for launch in launches[1:]] == ["scan_kernel"] * 2
+    assert [launch.kernel.fn.__name__ for launch in launches[1:]] == ["delta_rule_scan_kernel"] * 2
     assert [launch.args["SUMMARY"] for launch in launches[1:]] == [True, False]
     assert launches[1].args["SEGMENTS"] == launches[2].args["SEGMENTS"] == 8
     assert sass.compile_launch(launches[1], "sm_90", tmp_path).spilled == 0

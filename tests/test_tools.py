@@ -1,7 +1,8 @@
-"""Tools that people use beside torch.compile: its logs, tlparse, `torch._dynamo.explain`, the bisector."""
+"""Tools that people use beside torch.compile: its logs, tlparse, `torch._dynamo.explain`, profilers, the bisector."""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -118,6 +119,37 @@ def test_explain_of_dynamo_works_beside_us(quick: None) -> None:
     assert (seen.graph_count, seen.graph_break_count) == (2, 1)
     assert fusion_passes.report().counts["gate_cumsum"] == 1, "it compiles nothing"
     assert fusion_passes.explain(two_graphs, *gates.inputs()).counts["gate_cumsum"] == 1
+
+
+# --- profilers -------------------------------------------------------------------------------------------------------
+
+
+def test_a_trace_names_our_ops(quick: None) -> None:
+    compiled = torch.compile(gates.gate, backend="fusion_passes", options={"fusion_passes.reference_on_cpu": True})
+    compiled(*gates.inputs())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        compiled(*gates.inputs())
+    assert sum(event.name == "fusion_passes::gate_cumsum" for event in trace.events()) == 1
+
+
+def test_kernels_are_named_after_what_they_compute() -> None:
+    """A trace of a GPU shows the name of the function, which Inductor keeps: see the tests of generated code."""
+    ops = [path.stem for path in (ROOT / "ops").glob("[a-z]*.py")]
+    found = []
+    for path in (ROOT / "ops").glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            jitted = isinstance(node, ast.FunctionDef) and "jit" in map(_last_name, node.decorator_list)
+            if jitted and isinstance(node, ast.FunctionDef) and node.name.endswith("kernel"):
+                found.append(node.name)
+    assert len(found) >= len(ops) - 1 and len(set(found)) == len(found)
+    for name in found:
+        assert name.startswith((*ops, "delta_rule_")), f"{name} does not say of which op it is"
+
+
+def _last_name(node: ast.expr) -> str:
+    if isinstance(node, ast.Call):
+        return _last_name(node.func)
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
 # --- the bisector ----------------------------------------------------------------------------------------------------
