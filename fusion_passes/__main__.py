@@ -109,7 +109,10 @@ def _explain(args: argparse.Namespace) -> int:
         report = fusion_passes.explain(f, *positional, **keyword)
     if args.html:
         report.to_html(args.html)
-    print(report.to_json() if args.json else report)
+    if args.json:
+        print(report.to_json())
+    else:
+        report.show()
     return 0
 
 

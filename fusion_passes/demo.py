@@ -61,7 +61,9 @@ def run(name: str, model: torch.nn.Module, inputs: dict[str, Any], *, dynamic: b
         print(f"compiled   {1e3 * seconds:9.1f} ms")
     expected, actual = (out.last_hidden_state.double() for out in (eager, fused))
     error = float((actual - expected).norm() / expected.norm())
-    print(f"\n{report()}\n")
+    print()
+    report().show()
+    print()
     agrees = error <= TOLERANCE[dtype]
     print(f"compiled against eager: relative error {error:.1e}, {'equal to rounding' if agrees else 'NOT equal'}")
     return 0 if agrees else 1

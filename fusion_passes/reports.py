@@ -7,8 +7,9 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from fusion_passes import expectation, records
+from fusion_passes import expectation, records, styled
 from fusion_passes.records import Outcome, Record
 from fusion_passes.sketches import Drawing
 
@@ -76,6 +77,14 @@ class Report:
             if group:
                 lines += ["", title, *_table(group)]
         return "\n".join([*lines, *([""] if self.notes else []), *self.notes])
+
+    def __rich__(self) -> Any:
+        """What `rich.print` shows: the same words, styled."""
+        return styled.renderable(self)
+
+    def show(self) -> None:
+        """Print the report, with colours on a terminal where rich is installed."""
+        styled.show(self)
 
     def to_json(self) -> str:
         """The report as a JSON object with the keys counts, fused, refusals, near_misses and notes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from typing import Any
 
@@ -110,3 +111,34 @@ def test_report_covers_all_compiles_of_the_process() -> None:
         torch.compile(f, backend="fusion_passes", options=options)(*args)
     report = fusion_passes.report()
     assert report.counts == {"gate_cumsum": 2} and len({r.graph for r in report.fused}) == 2
+
+
+def test_rich_shows_the_same_words_in_colours() -> None:
+    console = pytest.importorskip("rich.console", reason="needs rich: pip install rich")
+    report = Report((FUSED, dataclasses.replace(REFUSED, hint="do this"), MISS), ("A note [of sorts].",))
+    printed = console.Console(width=200, file=io.StringIO())
+    printed.print(report)
+    lines = [line.rstrip() for line in printed.file.getvalue().splitlines()]
+    assert lines == str(report).splitlines()
+    coloured = console.Console(width=200, file=io.StringIO(), force_terminal=True, color_system="standard")
+    coloured.print(report)
+    assert "\x1b[1;32mFused" in coloured.file.getvalue()
+
+
+def test_narrow_terminals_keep_the_indentation() -> None:
+    console = pytest.importorskip("rich.console", reason="needs rich: pip install rich")
+    printed = console.Console(width=40, file=io.StringIO())
+    printed.print(Report((dataclasses.replace(FUSED, reason="word " * 30),)))
+    reason = [line for line in printed.file.getvalue().splitlines() if "word" in line]
+    assert len(reason) > 3 and all(line.startswith("      word") for line in reason)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_show_is_plain_where_it_is_read_by_programs(
+    installed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not installed:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    report = Report((FUSED, REFUSED))
+    report.show()
+    assert capsys.readouterr().out == f"{report}\n"
