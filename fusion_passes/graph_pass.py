@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 
 UNKNOWN = Estimate()
 
+# What helps where the subgraph is right and only the profit rule is against it.
+_ANYWAY = "the setting always_profitable fuses it all the same, where you want to measure it"
+
 
 class FusionPass(CustomGraphPass):
     """Replaces the sites of the selected fusions in a post-grad graph; see `fusion_passes.fusion` for the stages.
@@ -143,6 +146,8 @@ class FusionPass(CustomGraphPass):
             reason = guards.common_reason(fusion, site, context) or fusion.guard(site, context)
             if reason is None and not self.settings.always_profitable:
                 reason = fusion.profit(site, context)
+                if reason is not None and not isinstance(reason, Because):
+                    reason = Because(reason, _ANYWAY)
             if drawing is not None:
                 self._sketched[fusion.name, anchor.name] = drawing
             reason = reason or _bisected_away(fusion, anchor)

@@ -211,3 +211,14 @@ def test_larger_fusions_come_before_those_they_absorb() -> None:
     small = dataclasses.replace(registry.known()["gate_cumsum"], name="small")
     large = dataclasses.replace(small, name="large", absorbs=("small",))
     assert [f.name for f in registry._absorbers_first([small, large])] == ["large", "small"]
+
+
+def test_what_does_not_pay_can_be_fused_all_the_same() -> None:
+    def pointwise_input(raw: torch.Tensor, a_log: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return gates.gate(raw.relu(), a_log, bias)
+
+    (refused,) = fusion_passes.explain(pointwise_input, *gates.inputs()).refusals
+    assert "computed by a pointwise node" in refused.reason and "always_profitable" in refused.hint
+    settings: Any = fusion_passes.config.patch
+    with settings(always_profitable=True):
+        assert fusion_passes.explain(pointwise_input, *gates.inputs()).counts["gate_cumsum"] == 1
