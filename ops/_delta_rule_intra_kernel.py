@@ -45,9 +45,16 @@ def _locate(chunks, HV: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _log2(b_sums):
-    """Sums of log decays to the base 2; -inf becomes `LOWEST`, so that differences are numbers. NaN stays."""
-    return tl.where(b_sums < LOWEST, LOWEST, b_sums) * LOG2E
+def _finite(b_sums):
+    """Sums of log decays, float32; -inf becomes `LOWEST`, so that differences are numbers. NaN stays."""
+    return tl.where(b_sums < LOWEST, LOWEST, b_sums.to(tl.float32))
+
+
+@triton.jit
+def _decay(b_log):
+    """exp of a log decay. The factor comes behind the difference of sums: before it the compiler would contract product
+    and difference, which makes the difference of equal sums the rounding of a product."""
+    return tl.exp2(b_log * LOG2E)
 
 
 @triton.jit
@@ -172,7 +179,7 @@ def delta_rule_intra_per_head_kernel(
     b_token = o_t < tokens
     p_sums = sums_ptr + sums_offset + row * sums_stride_b + head * sums_stride_h
     b_sums = tl.load(p_sums + (o_t // C) * sums_stride_n + (o_t % C) * sums_stride_c, mask=o_t < valid, other=0.0)
-    b_sums = _log2(b_sums.to(tl.float32))
+    b_sums = _finite(b_sums)
     o_beta = beta_offset + row * beta_stride_b + o_t * beta_stride_t + head * beta_stride_h
     b_beta = _strength(beta_ptr, o_beta, b_token, False, 1.0)
     key_head = head // (HV // HK)
@@ -196,7 +203,7 @@ def delta_rule_intra_per_head_kernel(
         b_rk = tl.rsqrt(_diagonal(b_kk) + EPS)
         b_rq *= tl.rsqrt(b_qq + EPS)
     b_lower = (o_i[:, None] >= o_i[None, :]) & (o_i[:, None] // C == o_i[None, :] // C)
-    b_between = tl.exp2(tl.where(b_lower, b_sums[:, None] - b_sums[None, :], 0.0)) * b_rk[None, :]
+    b_between = _decay(tl.where(b_lower, b_sums[:, None] - b_sums[None, :], 0.0)) * b_rk[None, :]
     head_row = row * HV + head
     if pairs_ptr is not None:
         p_pairs = pairs_ptr + head_row * pairs_stride_h
@@ -209,7 +216,7 @@ def delta_rule_intra_per_head_kernel(
         p_w = u_ptr + head_row * valid * W_WIDTH
     else:
         p_w = w_ptr + head_row * valid * W_WIDTH
-    b_x *= (tl.exp2(b_sums) * b_rk)[None, :]
+    b_x *= (_decay(b_sums) * b_rk)[None, :]
     for start in tl.static_range(0, K, BK):
         o_k = start + tl.arange(0, BK)
         b_k = _load_rows(p_k, o_t, o_k, b_token, k_stride_t, K, BK)
@@ -221,13 +228,13 @@ def delta_rule_intra_per_head_kernel(
 def _load_sums(
     p_sums, o_t, o_k, valid, sums_stride_n, sums_stride_c, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr
 ):
-    """Sums [rows of o_t, channels of o_k] to the base 2, zero behind the last chunk and the last channel."""
+    """Sums [rows of o_t, channels of o_k], zero behind the last chunk and the last channel."""
     m_sums = (o_t < valid)[:, None]
     if K % BK != 0:
         m_sums = m_sums & (o_k < K)[None, :]
     o_row = (o_t // C) * sums_stride_n + (o_t % C) * sums_stride_c
     b_sums = tl.load(p_sums + o_row[:, None] + o_k[None, :], mask=m_sums, other=0.0)
-    return _log2(b_sums.to(tl.float32))
+    return _finite(b_sums)
 
 
 @triton.jit
@@ -293,8 +300,8 @@ def delta_rule_intra_per_channel_kernel(
         b_rk = tl.rsqrt(b_squares + EPS)
         b_rq *= tl.rsqrt(b_qq + EPS)
     ALL: tl.constexpr = 6 if C == 64 else 5 if C == 32 else 4
-    levels = tl.where(tl.max(far_half, axis=0) <= -INVERTIBLE, 2, ALL)
-    levels = tl.where(tl.max(far_whole, axis=0) <= -INVERTIBLE, 1, levels)
+    levels = tl.where(tl.max(far_half, axis=0) * LOG2E <= -INVERTIBLE, 2, ALL)
+    levels = tl.where(tl.max(far_whole, axis=0) * LOG2E <= -INVERTIBLE, 1, levels)
 
     b_kk = tl.zeros([TILE, TILE], tl.float32)
     b_qk = tl.zeros([TILE, TILE], tl.float32)
@@ -312,8 +319,8 @@ def delta_rule_intra_per_channel_kernel(
             b_middle = _load_sums(p_sums, first + o_middle, o_k, valid, sums_stride_n, sums_stride_c, K, BK, C)
             b_since = b_sums - b_middle
             # Rows before the middle and columns after it belong to no pair across it.
-            b_row = tl.exp2(tl.where(b_after | both, b_since, 0.0))
-            b_column = tl.exp2(tl.where(b_after & (both == 0), 0.0, -b_since))
+            b_row = _decay(tl.where(b_after | both, b_since, 0.0))
+            b_column = _decay(tl.where(b_after & (both == 0), 0.0, -b_since))
             b_k = _load_rows(p_k, o_t, o_k, b_token, k_stride_t, K, BK)
             b_kt = tl.trans((b_k.to(tl.float32) * b_column).to(operand))
             b_kk_here += _raw_product((b_k.to(tl.float32) * b_row).to(operand), b_kt, PRECISION)
@@ -341,6 +348,6 @@ def delta_rule_intra_per_channel_kernel(
     for start in tl.static_range(0, K, BK):
         o_k = start + tl.arange(0, BK)
         b_k = _load_rows(p_k, o_t, o_k, b_token, k_stride_t, K, BK)
-        b_e = tl.exp2(_load_sums(p_sums, o_t, o_k, valid, sums_stride_n, sums_stride_c, K, BK, C))
+        b_e = _decay(_load_sums(p_sums, o_t, o_k, valid, sums_stride_n, sums_stride_c, K, BK, C))
         b_w = _product(b_x, b_k.to(tl.float32) * b_e, PRECISION, False)
         _store_rows(p_w, b_w, o_t, o_k, valid, K, BK, W_FIRST, W_WIDTH, COLUMNS, C)
