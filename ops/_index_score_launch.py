@@ -49,9 +49,14 @@ def _steps(use: Parameters, heads: int) -> int:
     return max(1, use["columns"] // _heads(heads), 16 // _heads(heads))
 
 
+def _depth(width: int, itemsize: int) -> int:
+    """Channels of a product: a power of two, of float8 at least 32."""
+    return max(32 if itemsize == 1 else 16, 1 << (width - 1).bit_length())
+
+
 def _shared(use: Parameters, heads: int, width: int, itemsize: int, split: bool) -> int:
     """Bytes of shared memory: keys, the queries in flight, scores on their way out; operands that are split, twice."""
-    depth, copies = 1 << (width - 1).bit_length(), 2 if split else 1
+    depth, copies = _depth(width, itemsize), 2 if split else 1
     steps = _steps(use, heads)
     rows, out = (steps * _heads(heads), 4 * use["keys"] * steps) if use["columns"] else (use["queries"], 0)
     return (copies * use["keys"] + (use["stages"] + copies - 1) * rows) * depth * itemsize + out
@@ -178,7 +183,7 @@ def plan(
         **_arguments(target, "q_scale", q_scale, "bsh", ""), **_arguments(target, "k_scale", k_scale, "bt", ""),
         "out_stride_b": steps["b"], "out_stride_s": steps["s"],
         **constant_or_argument(target, "OUT_T", "out_stride_t", steps["t"], layout[-1] == "t"),
-        "D": width, "BD": 1 << (width - 1).bit_length(),
+        "D": width, "BD": _depth(width, q.dtype.itemsize),
         "SCALE": scale, **_fill(fill), "MASK": MASKS.index(mask_kind), "KEEP_NAN": keep_nan, "SCALE_AFTER": scale_after,
         "PRECISION": precision, "KEYS": use["keys"], "ROWS": use["queries"],
     }  # fmt: skip

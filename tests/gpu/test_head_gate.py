@@ -161,7 +161,7 @@ def test_spellings_compile_to_one_launch(name: str, dynamic: bool) -> None:
         wide = case.weights == F32 and case.dtype == F32
         assert float((out.double() - wanted).norm() / wanted.norm()) <= (2e-6 if wide else 5e-3)
         for code in codes:
-            assert "head_gate" in code[code.index("def call(") :]
+            assert "head_gate" in code[code.index("def call(") :], fusion_passes.report()
 
 
 @pytest.mark.parametrize("case", [c for c in cases() if c.bytes < 40 << 20], ids=lambda c: c.name)

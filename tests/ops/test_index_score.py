@@ -217,6 +217,12 @@ def test_sizes_that_vary_do_not_compile_a_kernel_anew() -> None:
     assert launch_of(real(2048), inlined=True).args["Q_S"] == 64 * 128
 
 
+@pytest.mark.parametrize("queries", [1, 64, 2048])
+def test_products_of_float8_are_of_32_channels_at_least(queries: int) -> None:
+    depths = [launch_of(real(queries, dtype=dtype, width=16)).args["BD"] for dtype in (BF16, E4)]
+    assert depths == [16, 32]
+
+
 @pytest.mark.parametrize("fill, number, infinite", [(-math.inf, -1.0, True), (math.inf, 1.0, True), (-1e39, -1.0, True),
                                                     (-1e9, -1e9, False), (0.0, 0.0, False)])  # fmt: skip
 def test_infinite_fills_are_a_flag(fill: float, number: float, infinite: bool) -> None:
