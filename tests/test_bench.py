@@ -72,6 +72,8 @@ def test_other_packages_declare_cases_by_entry_point(
 
 
 def test_selection() -> None:
+    both = cases.select(["gate_cumsum"], "T=512 b,8x1 ", "all")
+    assert {case.name.split()[1] for _, case in both} == {"32x128", "32x1", "8x1"}
     chosen = cases.select(["gate_cumsum"], "GDN", "all")
     assert {name for name, _ in chosen} == {"gate_cumsum"} and len(chosen) == 8
     assert {case.name.split()[2] for _, case in cases.select(["gate_cumsum"], "KDA 32", "small")} == {"T=128", "T=512"}

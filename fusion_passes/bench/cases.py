@@ -43,7 +43,7 @@ def select(names: Sequence[str] = (), part: str = "", sizes: str = "all") -> lis
 
     Args:
         names: the ops; all for none.
-        part: part of the names of the cases; "" for all.
+        part: part of the names of the cases, or several, separated by commas; "" for all.
         sizes: "all", or "small" for those that move little memory.
 
     Raises:
@@ -53,10 +53,11 @@ def select(names: Sequence[str] = (), part: str = "", sizes: str = "all") -> lis
     for name in names:
         require(name, known, "op")
     chosen = [(name, case) for name in (names or known) for case in known[name]]
-    if not any(part in case.name for _, case in chosen):
+    named = [pair for pair in chosen if any(text in pair[1].name for text in part.split(","))]
+    if not named:
         shown = "; ".join(case.name for _, case in chosen)
         raise ValueError(f"no case of {', '.join(names or known)} has {part!r} in its name: there are {shown}")
-    chosen = [(name, case) for name, case in chosen if part in case.name and (sizes == "all" or case.small)]
+    chosen = [pair for pair in named if sizes == "all" or pair[1].small]
     if not chosen:
         raise ValueError(f"every case with {part!r} in its name is large: --sizes all takes them in")
     return chosen

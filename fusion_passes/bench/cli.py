@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> None:
     )
     what = command.add_argument_group("what is measured")
     what.add_argument("--op", nargs="+", default=[], metavar="NAME", help="ops; all, unless models are given")
-    what.add_argument("--case", default="", metavar="PART", help="only cases with this in their name")
+    what.add_argument("--case", default="", metavar="A,B", help="only cases with one of these in their names")
     what.add_argument("--sizes", choices=("small", "all"), default="all", help="small: cases of 32 MiB and less")
     what.add_argument("--model", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(hf_models.NAMES)}")
     what.add_argument("--tokens", nargs="+", type=int, default=[2048], help="tokens of a model's input")
