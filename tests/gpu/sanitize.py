@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +67,17 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=8, help="processes at a time")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for one process")
     options = parser.parse_args()
-    work = [(op, tool, options.limit) for op in options.op for tool in TOOLS]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        rows = list(pool.map(lambda job: check(*job), work))
     version = subprocess.run(["compute-sanitizer", "--version"], capture_output=True, text=True).stdout
     number = re.search(r"Version (\S+)", version)
-    for row in rows:
-        row["compute_sanitizer"] = number[1] if number else "unknown"
-        outcome = row.get("failed", f"{row.get('tests')} tests, {row.get('found')} found in {row.get('seconds')} s")
-        print(f"{row['op']:18s} {row['tool']:10s} {outcome}")
-    benchmarking.write_json(options.json, rows)
+    rows: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        work = [pool.submit(check, op, tool, options.limit) for tool in TOOLS for op in options.op]
+        for done in as_completed(work):
+            row = {**done.result(), "compute_sanitizer": number[1] if number else "unknown"}
+            rows.append(row)
+            outcome = row.get("failed", f"{row.get('tests')} tests, {row.get('found')} found in {row.get('seconds')} s")
+            print(f"{row['op']:18s} {row['tool']:10s} {outcome}", flush=True)
+            benchmarking.write_json(options.json, sorted(rows, key=lambda row: (row["op"], row["tool"])))
     sys.exit(any("failed" in row or row["found"] for row in rows))
 
 
