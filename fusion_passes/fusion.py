@@ -87,7 +87,8 @@ class Site:
         saved_bytes: memory traffic saved per call, estimated at the size hints; None if not estimated.
         saved_launches: kernel launches saved per call, estimated; None if not estimated.
         rewrite: changes the graph itself, in place of the fusion's `replace`, where writes to memory have to be put
-            in order. It has to leave the graph as it was if it raises, and is not checked by `verify`.
+            in order. It has to leave the graph as it was if it raises. Where it calls a kernel it does what `verify`
+            asks for itself, with `verify.check_in_place`.
     """
 
     anchor: Node

@@ -6,7 +6,7 @@ Matching proves the meaning of a subgraph; this checks the kernel, on the user's
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,11 +29,9 @@ def check(fusion: Fusion, site: Site, new: Sequence[Node], sizes: Sizes) -> None
             different places.
     """
     device = site.replaced.meta["val"].device
-    if device.type == "cuda" and not torch.cuda.is_available():
-        log.info("%s at %s is not verified: this machine has no GPU", fusion.name, site.anchor.name)
+    if _is_missing(device, fusion, site.anchor):
         return
-    generator = torch.Generator(device=device).manual_seed(0)
-    leaves = {leaf: _random_like(leaf, sizes, generator) for leaf in site.leaves.values()}
+    leaves = _random_leaves(device, site.leaves.values(), sizes)
     graph = site.anchor.graph
     for old, replacement in zip(site.outputs, new, strict=True):
         with torch.no_grad():
@@ -42,14 +40,60 @@ def check(fusion: Fusion, site: Site, new: Sequence[Node], sizes: Sizes) -> None
         _compare(fusion, actual, expected)
 
 
-def _compare(fusion: Fusion, actual: torch.Tensor, expected: torch.Tensor) -> None:
+def check_in_place(
+    fusion: Fusion, shown: Mapping[Node, Node], writes: Sequence[Node], leaves: Iterable[Node], sizes: Sizes
+) -> None:
+    """As `check`, for new nodes that write into a leaf; to be called before any old node changes.
+
+    The error is relative to the L2 norm of what the writes change, so that the rest of a large tensor does not hide it.
+
+    Args:
+        fusion: its tolerance counts.
+        shown: for each old node, the view of the leaf that takes its place once `writes` have run.
+        writes: the new nodes that write, in their order.
+        leaves: the tensors from which old and new nodes are computed.
+        sizes: what symbolic sizes are taken to be.
+    """
+    first = next(iter(shown))
+    device = first.meta["val"].device
+    if _is_missing(device, fusion, first):
+        return
+    given = _random_leaves(device, leaves, sizes)
+    graph = first.graph
+    with torch.no_grad():
+        views = {old: run(graph, view, given, sizes) for old, view in shown.items()}
+        earlier = {old: view.to(torch.float64, copy=True) for old, view in views.items()}
+        expected = {old: run(graph, old, given, sizes).to(torch.float64, copy=True) for old in shown}
+        for write in writes:
+            run(graph, write, given, sizes)
+    for old, view in views.items():
+        _compare(fusion, view.double(), expected[old], (expected[old] - earlier[old]).norm())
+
+
+def _is_missing(device: torch.device, fusion: Fusion, place: Node) -> bool:
+    if device.type != "cuda" or torch.cuda.is_available():
+        return False
+    log.info("%s at %s is not verified: this machine has no GPU", fusion.name, place.name)
+    return True
+
+
+def _random_leaves(device: torch.device, leaves: Iterable[Node], sizes: Sizes) -> dict[Node, torch.Tensor]:
+    generator = torch.Generator(device=device).manual_seed(0)
+    return {leaf: _random_like(leaf, sizes, generator) for leaf in leaves}
+
+
+def _compare(
+    fusion: Fusion, actual: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor | None = None
+) -> None:
+    """Raise a Refusal unless both are near, as `check` says; `scale` is what the error is relative to."""
     if not torch.equal(expected.isnan(), actual.isnan()):
         raise Refusal("verify: the fused op and the subgraph are NaN in different places")
     infinite = expected.isinf()
     if not torch.equal(infinite, actual.isinf()) or not torch.equal(expected[infinite], actual[infinite]):
         raise Refusal("verify: the fused op and the subgraph are infinite in different places")
     finite = expected.isfinite()
-    error = (actual - expected)[finite].norm() / expected[finite].norm().clamp_min(1e-30)
+    norm = expected[finite].norm() if scale is None else scale
+    error = (actual - expected)[finite].norm() / norm.clamp_min(1e-30)
     if not error <= fusion.tolerance:
         raise Refusal(
             f"verify: the fused op differs from the subgraph by {error:.1e} (relative L2), more than the "

@@ -9,13 +9,14 @@ version has to do so before it is overwritten, or read elsewhere.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from fusion_passes.fusion import NearMiss, Refusal
-from fusion_passes.patterns._copies_aliases import is_dead, uses
+from fusion_passes.patterns._copies_aliases import is_dead, is_mutation, uses
 from fusion_passes.patterns._copies_readers import Readers
 from fusion_passes.patterns._copies_rotation import Rotation, emit
 from fusion_passes.patterns._copies_values import Value, Values, Write, is_write
@@ -129,10 +130,14 @@ def _versions(cache: Node, final: Value, values: Values) -> dict[Node, Value]:
     return found
 
 
-def write_in_place(graph: Graph, chain: Chain) -> None:
+# Looks at the views that are to take the places of versions, and at the new writes, and raises a Refusal if it must.
+Check = Callable[[Mapping[Node, Node], Sequence[Node]], None]
+
+
+def write_in_place(graph: Graph, chain: Chain, check: Check | None = None) -> None:
     """Replace the versions of the input by the input, and the epilogue by writes into it.
 
-    All new nodes are made before any old one changes; if that fails they are taken out again.
+    All new nodes are made before any old one changes, and shown to `check`; if that fails they are taken out again.
     """
     before = set(graph.nodes)
     trace = {k: v for k, v in chain.writes[0].node.meta.items() if k == "stack_trace"}
@@ -147,6 +152,8 @@ def write_in_place(graph: Graph, chain: Chain) -> None:
                     _emit(graph, chain, write)
             places[write] = previous.next
         shown = _shown(graph, chain)
+        if check is not None:
+            check(shown, [n for n in graph.nodes if n not in before and is_mutation(n)])
         copies = {node: _returned_copy(graph, node) for node in chain.returned}
     except BaseException:
         for node in reversed([n for n in graph.nodes if n not in before]):

@@ -5,6 +5,7 @@ Found:
 - *Identities*: a slice written back onto itself, also after an in-place operator has changed it, and a `cat` or `stack`
   of all the neighbouring parts of one tensor. The tensor itself takes their place.
 - *Rotations*: rotary embedding written back over its input, or over a matrix product. One kernel does it in place.
+  `verify` runs it, and allows four roundings to the tensor's dtype.
 - *Chains*: several slice writes and `index_put_`s into one graph input, such as a cache of keys and values. Each is
   made in place, where stock Inductor computes the whole input anew as soon as there is more than one.
 - *Changed copies* of an input that is overwritten later: nothing is saved, but stock returns what overwrote it.
@@ -33,13 +34,15 @@ two and a buffer. It is right where stock Inductor is not: `x[1:] = x[:-1].clone
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.fx import Graph, Node
 
-from fusion_passes import rewrite
+from fusion_passes import cone, rewrite, verify
 from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Refusal, Site
 from fusion_passes.patterns import _copies_chain as chains
 from fusion_passes.patterns import _copies_rotation as rotations
@@ -59,6 +62,8 @@ aten = torch.ops.aten
 LAUNCH_BYTES = 4 << 20
 # Bytes that a rotation in place has to save where stock rotates out of place in one kernel too.
 ROTATION_BYTES = 1 << 20
+# Units in the last place by which `verify` lets a rotation differ: the graph rounds every product and sum.
+ROUNDINGS = 4
 
 _DTYPES = tuple(dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype))
 
@@ -213,8 +218,22 @@ def _chain_site(anchor: Node, chain: Chain, context: Context) -> Site:
         # Stock reads and writes the whole input.
         saved_bytes=max(2 * item * (sizes.numel(chain.cache) - written), 0),
     )
-    site.rewrite = functools.partial(chains.write_in_place, context.graph, chain)
+    check = None
+    if chain.rotation is not None and context.settings.verify:
+        check = functools.partial(_verify_rotation, chain, context)
+    site.rewrite = functools.partial(chains.write_in_place, context.graph, chain, check)
     return site
+
+
+def _verify_rotation(chain: Chain, context: Context, shown: Mapping[Node, Node], writes: Sequence[Node]) -> None:
+    """Run the rotation and the kernel on random tensors and factors, and allow some roundings to the tensor's dtype."""
+    rotation = chain.rotation
+    assert rotation is not None
+    known = (chain.cache, rotation.cos, rotation.sin)
+    cones = [cone.backward(write.source, stop=known) for write in rotation.pairs.writes]
+    leaves = dict.fromkeys([*known, *(leaf for found in cones for leaf in found.leaves)])
+    fusion = dataclasses.replace(FUSION, tolerance=ROUNDINGS * torch.finfo(chain.cache.meta["val"].dtype).eps)
+    verify.check_in_place(fusion, shown, writes, leaves, context.sizes[0])
 
 
 def _apart_site(anchor: Node, changed: list[Node], context: Context) -> Site:
