@@ -101,11 +101,15 @@ def of_whole_graph(graph: Graph, found: Iterable[Record]) -> list[Record] | None
     return [record for part in module.modules() for record in getattr(part, "meta", {}).get(_META, ())]
 
 
+# Inductor's recursion over subgraphs, and that of `explanation`.
+_RECURSIONS = ("_recursive_post_grad_passes", "show_recursively")
+
+
 def _inside_another() -> bool:
-    """Whether Inductor's recursion over subgraphs is below the outermost graph."""
+    """Whether the recursion over subgraphs is below the outermost graph."""
     depth, frame = 0, inspect.currentframe()
     while frame is not None:
-        depth += frame.f_code.co_name == "_recursive_post_grad_passes"
+        depth += frame.f_code.co_name in _RECURSIONS
         frame = frame.f_back
     return depth > 1
 

@@ -63,16 +63,10 @@ def tracing_backend(explained: FusionPass, run_rewritten: bool = False) -> Calla
     """
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.fx_passes.post_grad import view_to_reshape
 
     def look(gm: GraphModule, example_inputs: Sequence[Any], **unused: Any) -> Callable[..., Any]:
-        copy = _copy(gm)
-        view_to_reshape(copy)
-        explained(copy.graph)
-        if not run_rewritten:
-            return make_boxed_func(gm.forward)
-        copy.recompile()
-        return make_boxed_func(copy.forward)
+        seen = show_recursively(gm, explained)
+        return make_boxed_func(seen.forward if run_rewritten else gm.forward)
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         with inductor_config.patch(force_disable_caches=True):
@@ -82,10 +76,21 @@ def tracing_backend(explained: FusionPass, run_rewritten: bool = False) -> Calla
     return backend
 
 
-def _copy(gm: GraphModule) -> GraphModule:
+def show_recursively(gm: GraphModule, explained: FusionPass) -> GraphModule:
+    """A copy of `gm` that the pass has seen, its subgraphs (branches of `torch.cond`) first, as Inductor shows them."""
+    from torch._inductor.fx_passes.post_grad import view_to_reshape
+
     graph = Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
-    return GraphModule(gm, graph)
+    copy = GraphModule(gm, graph)
+    for name in dict.fromkeys(str(node.target) for node in graph.find_nodes(op="get_attr")):
+        part = getattr(copy, name, None)
+        if isinstance(part, GraphModule):
+            setattr(copy, name, show_recursively(part, explained))
+    view_to_reshape(copy)
+    explained(graph)
+    copy.recompile()
+    return copy
 
 
 def _unwrap(f: Callable[..., Any]) -> tuple[Callable[..., Any], bool | None]:
