@@ -2,12 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+# What an annotation of a public function lets through, and what an error calls it.
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "Tensor": ((torch.Tensor,), "a tensor"),
+    "int": ((int, torch.SymInt), "an integer"),
+    "float": ((float, int, torch.SymFloat, torch.SymInt), "a number"),
+    "bool": ((bool, torch.SymBool), "a bool"),
+    "str": ((str,), "a string"),
+    "torch.dtype": ((torch.dtype,), "a torch.dtype"),
+    "Sequence[int]": ((list, tuple), "a list of integers"),
+    "None": ((type(None),), "None"),
+}
+
+
+def typed(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function with a check of its arguments' types against its annotations, which are among those of `_KINDS`.
+
+    Without it torch raises a RuntimeError that names the argument of the op, or Python one that names none.
+
+    Raises:
+        TypeError: an argument is of another type; the message names it, what it is and what it must be.
+    """
+    rules: dict[str, tuple[tuple[type, ...], str]] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        kinds = [_KINDS[kind] for kind in str(parameter.annotation).split(" | ")]
+        rules[name] = tuple(t for types, _ in kinds for t in types), " or ".join(words for _, words in kinds)
+    names = tuple(rules)
+
+    @functools.wraps(function)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        for name, value in (*zip(names, args), *kwargs.items()):
+            if name in rules and not isinstance(value, rules[name][0]):
+                raise TypeError(f"{name} must be {rules[name][1]}, got {type(value).__name__}")
+            if isinstance(value, (list, tuple)) and not all(isinstance(n, (int, torch.SymInt)) for n in value):
+                raise TypeError(f"{name} must be {rules[name][1]}, got {value!r}")
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def known_different(left: Any, right: Any) -> bool:

@@ -76,9 +76,9 @@ def _check_gate(
     if gate == "log":
         for name, t in (("a_log", a_log), ("dt_bias", dt_bias)):
             if t is not None:
-                raise ValueError(f"{name} must be None with gate='log', where g is the log decay itself")
+                raise ValueError(f"{name} must be None with gate='log', where g is the log decay, got {list(t.shape)}")
     elif a_log is None:
-        raise ValueError(f"a_log must be given with gate={gate!r}")
+        raise ValueError(f"a_log must be a tensor with gate={gate!r}, got None")
     if gate == "bounded" and not (math.isfinite(lower_bound) and lower_bound <= 0):
         raise ValueError(f"lower_bound must be finite and not above 0, got {lower_bound}")
     heads, channels = v.shape[2], k.shape[3]

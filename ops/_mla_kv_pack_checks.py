@@ -56,17 +56,20 @@ def _check_columns(name: str, t: Tensor, first: Tensor) -> None:
 
 
 def _check_form(name: str, scale: Tensor | None, steps: str, dtype: torch.dtype, layout: str, first: Tensor) -> None:
-    parsed = steps_of.parse(steps)
+    try:
+        parsed = steps_of.parse(steps)
+    except ValueError as error:
+        raise ValueError(f"{name}_steps cannot be read: {error}") from None
     if layout not in LAYOUTS:
         raise ValueError(f"{name}_layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     if dtype not in FLOAT8 and (dtype != first.dtype or steps or name == "v"):
         same = "" if name == "v" else f", or without steps the dtype of k_nope ({first.dtype})"
         raise TypeError(f"{name}_dtype must be torch.float8_e4m3fn or torch.float8_e5m2{same}, got {dtype}")
     if parsed.scaled and scale is None:
-        raise ValueError(f"{name}_steps {steps!r} name a scale, but {name}_scale is None")
+        raise ValueError(f"{name}_scale must be a tensor of one element, which {name}_steps {steps!r} use, got None")
     if scale is not None:
         if not parsed.scaled:
-            raise ValueError(f"{name}_scale is given, but {name}_steps {steps!r} name no scale")
+            raise ValueError(f"{name}_scale must be None, as {name}_steps {steps!r} use no scale, got {_shape(scale)}")
         if scale.dtype not in FLOATS:
             raise TypeError(f"{name}_scale must be bfloat16, float16 or float32, got {scale.dtype}")
         if any(map(known_different, scale.shape, [1] * scale.dim())):

@@ -36,6 +36,7 @@ from typing import Any
 import torch
 
 from fusion_passes.lowering import define
+from fusion_passes.ops._checks import typed
 from fusion_passes.ops._chunk_delta_rule_checks import check_arguments, check_bounds
 from fusion_passes.ops.gate_cumsum import gate_reference
 
@@ -169,6 +170,7 @@ OP = define(
 )
 
 
+@typed
 def chunk_delta_rule(
     q: Tensor,
     k: Tensor,

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from fusion_passes.lowering import Operand, Target, define
+from fusion_passes.ops._checks import typed
 from fusion_passes.ops._delta_rule_intra_checks import check_arguments
 
 Tensor = torch.Tensor
@@ -160,6 +161,7 @@ OP = define(
 )
 
 
+@typed
 def delta_rule_intra(
     k: Tensor,
     v: Tensor,

@@ -48,6 +48,7 @@ from fusion_passes.lowering import (
     define,
     static,
 )
+from fusion_passes.ops._checks import typed
 from fusion_passes.ops._gate_cumsum_checks import CHUNK_SIZES, LAYOUT_AXES, check_arguments, check_packing
 from fusion_passes.tuning import Complaint, Parameters, TunedTable
 
@@ -256,6 +257,7 @@ OP = define(
 )
 
 
+@typed
 def gate_cumsum(
     raw: Tensor,
     a_log: Tensor,

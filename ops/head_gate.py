@@ -58,6 +58,7 @@ from fusion_passes.lowering import (
     define,
     static,
 )
+from fusion_passes.ops._checks import typed
 from fusion_passes.ops._head_gate_checks import check_arguments
 from fusion_passes.tuning import Complaint, Parameters, TunedTable
 
@@ -254,6 +255,7 @@ OP = define(
 )
 
 
+@typed
 def head_gate(
     x: Tensor,
     weight: Tensor,
@@ -283,6 +285,8 @@ def head_gate(
     """
     if x.dim() not in (2, 3):
         raise ValueError(f"x must be [T, K] or [B, T, K], got shape {list(x.shape)}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [H, K], got shape {list(weight.shape)}")
     full = x if x.dim() == 3 else x.unsqueeze(0)
     shape = (*full.shape[:2], weight.shape[0])
     if q_scale is not None:

@@ -40,6 +40,7 @@ from typing import Any
 import torch
 
 from fusion_passes.lowering import define
+from fusion_passes.ops._checks import typed
 from fusion_passes.ops._index_score_checks import check_arguments
 from fusion_passes.ops._index_score_launch import plan, unsupported
 
@@ -119,6 +120,7 @@ OP = define(
 )
 
 
+@typed
 def index_score(
     q: Tensor,
     k: Tensor,

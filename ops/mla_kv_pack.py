@@ -50,6 +50,7 @@ from fusion_passes.lowering import (
     static,
 )
 from fusion_passes.ops import _mla_kv_pack_steps as steps_of
+from fusion_passes.ops._checks import typed
 from fusion_passes.ops._mla_kv_pack_checks import FLOAT8, LARGEST_WIDTH, check_arguments
 from fusion_passes.tuning import Complaint, Parameters, TunedTable
 
@@ -264,6 +265,7 @@ KEY_OP = define(
 )  # fmt: skip
 
 
+@typed
 def mla_kv_pack(
     k_nope: Tensor,
     k_pe: Tensor,

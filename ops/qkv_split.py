@@ -44,7 +44,7 @@ from fusion_passes.lowering import (
     define,
     static,
 )
-from fusion_passes.ops._checks import FLOATS
+from fusion_passes.ops._checks import FLOATS, typed
 from fusion_passes.tuning import Complaint, Parameters, TunedTable
 
 Tensor = torch.Tensor
@@ -215,7 +215,7 @@ def check_arguments(x: Tensor, heads: Sequence[int], dims: Sequence[int], repeat
             f"heads, dims and repeats must have one entry per window, got {len(heads)}, {len(dims)} and {len(repeats)}"
         )
     if len(heads) < 2:
-        raise ValueError(f"there must be two windows or more, got {len(heads)}: copy a single one with x.contiguous()")
+        raise ValueError(f"heads must be of two windows or more, got {list(heads)}: copy one with x.contiguous()")
     for name, values, least in (("heads", heads, 1), ("dims", dims, GRANULE), ("repeats", repeats, 1)):
         for value in values:
             if value < least or (least == GRANULE and value % GRANULE):
@@ -224,7 +224,7 @@ def check_arguments(x: Tensor, heads: Sequence[int], dims: Sequence[int], repeat
     total, columns = sum(h * k for h, k in zip(heads, dims)), x.shape[2]
     # A symbolic number of columns is not compared: that would add a guard.
     if isinstance(columns, int) and total != columns:
-        raise ValueError(f"the windows must cover the columns of x: heads * dims sum to {total}, x has {columns}")
+        raise ValueError(f"heads * dims must sum to the {columns} columns of x, got {total}")
 
 
 def _fake(
@@ -254,6 +254,7 @@ OP = define(
 )
 
 
+@typed
 def qkv_split(
     x: Tensor,
     heads: Sequence[int],

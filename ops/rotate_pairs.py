@@ -31,7 +31,7 @@ from fusion_passes.lowering import (
     run,
     static,
 )
-from fusion_passes.ops._checks import FLOATS
+from fusion_passes.ops._checks import FLOATS, typed
 
 # Pairs of one program, and rows below which a program takes fewer, so that there are programs for all of the GPU.
 PAIRS = 2048
@@ -116,6 +116,7 @@ OP = torch.ops.fusion_passes.rotate_pairs_.default
 inline(OP, plan)
 
 
+@typed
 def rotate_pairs_(pairs: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> None:
     """Rotate pairs in place: (a, b) becomes (a cos - b sin, b cos + a sin).
 

@@ -155,6 +155,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"k": GOOD["k"].double()}, TypeError, "k must be bfloat16, float16 or float32, got torch.float64"),
     ({"q": GOOD["q"].int()}, TypeError, "q must be bfloat16"),
     ({"sums": GOOD["sums"].bfloat16()}, TypeError, "sums must be float32, got torch.bfloat16"),
+    ({"v": GOOD["v"].double()}, TypeError, "v must be bfloat16, float16 or float32, got torch.float64"),
+    ({"beta": GOOD["beta"].double()}, TypeError, "beta must be bfloat16, float16 or float32, got torch.float64"),
     ({"out_dtype": torch.float64}, TypeError, "out_dtype must be"),
     ({"v": GOOD["v"].to("meta")}, ValueError, r"v must be on the device of k \(cpu\), got meta"),
     ({"k": GOOD["k"][0]}, ValueError, r"k must be \[B, T, HK, K\], got shape \[40, 2, 16\]"),

@@ -92,6 +92,8 @@ def test_the_function_says_what_it_takes() -> None:
         head_gate(args.x[0, 0], args.weight)
     with pytest.raises(ValueError, match=r"q_scale must broadcast to \[4, 24\], got shape \[5, 24\]"):
         head_gate(args.x[0], args.weight, torch.zeros(5, 24))
+    with pytest.raises(ValueError, match=r"weight must be \[H, K\], got shape \[200\]"):
+        head_gate(args.x[0], args.weight[0], torch.zeros(4, 24))
 
 
 def test_there_is_no_gradient() -> None:

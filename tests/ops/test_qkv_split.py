@@ -69,11 +69,11 @@ def test_public_function() -> None:
         (arguments(torch.zeros(2, 64)), ValueError, r"x must be \[B, T, D\], got shape \[2, 64\]"),
         (arguments(torch.zeros(1, 2, 64, dtype=torch.int16)), TypeError, "x must be bfloat16.*int16"),
         (arguments(heads=[2, 6]), ValueError, "one entry per window, got 2, 3 and 3"),
-        (arguments(heads=[8], dims=[8], repeats=[1]), ValueError, "two windows or more, got 1"),
+        (arguments(heads=[8], dims=[8], repeats=[1]), ValueError, r"heads must be of two windows or more, got \[8\]"),
         (arguments(dims=[8, 12, 8]), ValueError, r"dims must be positive multiples of 8, got \[8, 12, 8\]"),
         (arguments(heads=[2, 0, 4]), ValueError, r"heads must be positive, got \[2, 0, 4\]"),
         (arguments(repeats=[1, 1, 0]), ValueError, r"repeats must be positive, got \[1, 1, 0\]"),
-        (arguments(heads=[2, 2, 3]), ValueError, "heads . dims sum to 56, x has 64"),
+        (arguments(heads=[2, 2, 3]), ValueError, "heads . dims must sum to the 64 columns of x, got 56"),
     ],
 )
 def test_bad_arguments(args: tuple[Any, ...], error: type[Exception], words: str) -> None:
