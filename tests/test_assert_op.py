@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fusion_passes import lowering
 from fusion_passes.testing import assert_op, poisoned
+from tests.support import programs
 
 LIBRARY = torch.library.Library("fusion_passes_test_assert_op", "FRAGMENT")
 
@@ -69,3 +71,19 @@ def test_memory_is_poisoned_inside_the_block_alone() -> None:
     with poisoned():
         assert torch.empty(64).isnan().all() and bool((torch.empty(8, dtype=torch.int32) == 2**31 - 1).all())
     assert torch.get_deterministic_debug_mode() == mode
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_memory_that_kernels_are_to_write_starts_poisoned(dtype: torch.dtype) -> None:
+    """In these tests: that of eager calls on a GPU, and that of plans which are run on the interpreter or a GPU."""
+    output = lowering.Output((2, 3), (1, 2), dtype)
+    nothing = lowering.Program((), (output,))
+    memory = torch.zeros(3, 2).mT.to(dtype)
+    lowering.run(nothing, {output: memory})
+    (found,) = programs.run(lambda target, x: nothing, (X,))
+    for values in (memory, found):
+        wide = values.double()
+        assert values.stride() == (1, 2) and bool((wide.isnan() | (wide == 2.0**63)).all()), values

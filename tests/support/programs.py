@@ -13,6 +13,14 @@ from fusion_passes.lowering import Plan, Program, Target, _operand
 from fusion_passes.lowering import run as run_program
 
 
+def poison(memory: torch.Tensor) -> torch.Tensor:
+    """The tensor, filled with NaN, or with the largest number of an integer dtype."""
+    if memory.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        memory.view(torch.uint8).fill_(0x7F)  # NaN in both
+        return memory
+    return memory.fill_(math.nan if memory.is_floating_point() else torch.iinfo(memory.dtype).max)
+
+
 def run(plan: Plan, args: tuple[Any, ...], arch: str = "sm_90", inlined: bool = False) -> tuple[torch.Tensor, ...]:
     """The results of the op, computed by its kernels: what no kernel wrote is NaN, scratch memory too."""
     device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
@@ -21,9 +29,7 @@ def run(plan: Plan, args: tuple[Any, ...], arch: str = "sm_90", inlined: bool = 
     target_arch = by_name(arch) if on_gpu else dataclasses.replace(by_name(arch), pdl=False)
     program = Program.of(plan(Target(target_arch, int, inlined), *map(_operand, args)))
     tensors = {
-        output: torch.empty_strided(output.shape, output.strides, dtype=output.dtype, device=device).copy_(
-            torch.full(output.shape, math.nan, device=device)
-        )
+        output: poison(torch.empty_strided(output.shape, output.strides, dtype=output.dtype, device=device))
         for output in program.written
     }
     run_program(program, tensors)
