@@ -114,9 +114,18 @@ def _inside_another() -> bool:
     return depth > 1
 
 
+def graph_breaks() -> int:
+    """The graph breaks that Dynamo has counted so far.
+
+    What it cannot trace is "unimplemented" first, and a "graph_break" as soon as it goes on behind it. At a branch that
+    depends on a tensor, and where it leaves a whole function to Python, the first is all that there is.
+    """
+    return sum(sum(counters[kind].values()) for kind in ("graph_break", "unimplemented"))
+
+
 def where_counted() -> str:
     """What a count refers to, for error messages; with a hint where the model was not one graph."""
-    breaks = sum(counters["graph_break"].values())
+    breaks = graph_breaks()
     text = "fusion_passes.expect counts the sites of each graph that is compiled"
     if breaks:
         text += (

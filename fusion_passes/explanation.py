@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch.fx import Graph, GraphModule
 
 from fusion_passes import arch, records, sketches
+from fusion_passes.expectation import graph_breaks
 from fusion_passes.graph_pass import FusionPass
 from fusion_passes.reports import Report
 from fusion_passes.settings import snapshot
@@ -47,12 +47,12 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     explained = FusionPass(settings, as_if_cuda=True)
     f, dynamic = _unwrap(f)
     torch._dynamo.reset()
-    breaks = sum(counters["graph_break"].values())
+    breaks = graph_breaks()
     try:
         torch.compile(f, backend=tracing_backend(explained), dynamic=dynamic)(*args, **kwargs)
     finally:
         torch._dynamo.reset()
-    breaks = sum(counters["graph_break"].values()) - breaks
+    breaks = graph_breaks() - breaks
     return Report(tuple(explained.found), tuple(_notes(explained, breaks, f)), explained.drawings)
 
 

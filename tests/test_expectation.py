@@ -65,10 +65,14 @@ def test_every_name_that_differs_is_told() -> None:
     assert text == "expected 1 a, found 0; expected 0 c, found 3"
 
 
-def test_graph_breaks_are_named_as_a_cause() -> None:
+@pytest.mark.parametrize("branching", [False, True])
+def test_graph_breaks_are_named_as_a_cause(branching: bool) -> None:
     def broken(*args: torch.Tensor) -> torch.Tensor:
         x = args[0] + 1
-        torch._dynamo.graph_break()
+        if not branching:
+            torch._dynamo.graph_break()
+        elif x.sum() > 1e9:
+            return x
         return gates.gate(x, *args[1:])
 
     options = {**ON_CPU, "fusion_passes.expect": "gate_cumsum=1"}

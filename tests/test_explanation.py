@@ -82,6 +82,27 @@ def test_every_graph_of_the_call_is_covered_and_breaks_are_noted() -> None:
     assert not any("graph break" in note for note in explain(Layer(), x()).notes)
 
 
+def test_branches_on_tensors_are_graph_breaks() -> None:
+    def branching(layer: Layer, value: Tensor) -> Tensor:
+        first = layer(value)
+        return first + layer(value) if first.sum() > 1e9 else first - layer(value)
+
+    report = explain(branching, Layer(), x())
+    assert report.counts["gate_cumsum"] == 2
+    assert any("1 graph break:" in note for note in report.notes), report.notes
+
+
+def test_a_function_that_is_left_to_python_is_a_graph_break() -> None:
+    def looping(value: Tensor) -> Tensor:
+        for _ in range(2):
+            value = value.sin()
+            torch._dynamo.graph_break()
+        return value
+
+    notes = explain(looping, x()).notes
+    assert any("graph break" in note for note in notes), notes
+
+
 def symbolic_tokens(f: Callable[..., Any], value: Tensor) -> bool:
     """Whether `explain` traced with a symbolic number of tokens: a fusion sees the shapes of the graph."""
     seen: list[bool] = []
