@@ -20,6 +20,7 @@ from fusion_passes import estimates, expectation, guards, records, registry, rew
 from fusion_passes.estimates import Estimate
 from fusion_passes.fingerprint import fingerprint
 from fusion_passes.fusion import Because, Context, Fusion, NearMiss, Reason, Refusal, Site
+from fusion_passes.padded_products import SetAside, unpadded
 from fusion_passes.records import Outcome, Record
 from fusion_passes.reports import Report
 from fusion_passes.settings import LAUNCH_META, Settings
@@ -82,16 +83,9 @@ class FusionPass(CustomGraphPass):
 
     def _run(self, graph: Graph) -> None:
         found = _calls(graph) if self.fusions else []
-        sizes: list[Sizes] = []  # what the graph's symbols may be stays the same whatever is fused
-        for fusion in self.fusions:
-            candidates = (n for t in fusion.anchors for n in graph.find_nodes(op="call_function", target=t))
-            anchors = [n for n in candidates if fusion.wants(n)]
-            if anchors:
-                # The observer lets the bisector, `disabled_passes` and compile times name each fusion.
-                name, module = f"fusion_passes.{fusion.name}", graph.owning_module
-                assert module is not None
-                observer = GraphTransformObserver(module, name, "post_grad_passes")
-                observer.apply_graph_pass(functools.partial(self._apply, fusion, anchors, sizes, found))
+        if self.fusions:
+            with unpadded(graph) as aside:
+                self._search(graph, found, aside)
         if any(record.outcome == "fused" for record in found):
             graph.lint()
         if found:
@@ -102,8 +96,28 @@ class FusionPass(CustomGraphPass):
         if not self.as_if_cuda:
             self._conclude(graph, found)
 
+    def _search(self, graph: Graph, found: list[Record], aside: SetAside) -> None:
+        sizes: list[Sizes] = []  # what the graph's symbols may be stays the same whatever is fused
+        for fusion in self.fusions:
+            candidates = (n for t in fusion.anchors for n in graph.find_nodes(op="call_function", target=t))
+            anchors = [n for n in candidates if n not in aside.nodes and fusion.wants(n)]
+            if anchors:
+                # The observer lets the bisector, `disabled_passes` and compile times name each fusion.
+                name, module = f"fusion_passes.{fusion.name}", graph.owning_module
+                assert module is not None
+                observer = GraphTransformObserver(module, name, "post_grad_passes")
+                apply = functools.partial(self._apply, fusion, anchors, sizes=sizes, found=found, aside=aside)
+                observer.apply_graph_pass(apply)
+
     def _apply(
-        self, fusion: Fusion, anchors: list[Node], sizes: list[Sizes], found: list[Record], graph: Graph
+        self,
+        fusion: Fusion,
+        anchors: list[Node],
+        graph: Graph,
+        *,
+        sizes: list[Sizes],
+        found: list[Record],
+        aside: SetAside,
     ) -> None:
         with unset_fake_temporarily():
             context = Context(graph, self.settings, sizes)
@@ -123,7 +137,7 @@ class FusionPass(CustomGraphPass):
                 if self.as_if_cuda:
                     self._keep_sketch(fusion, anchor, record)
                 if record is not None and record.outcome == "fused":
-                    graph.eliminate_dead_code()
+                    aside.eliminate_dead_code(graph)
                     alive = set(graph.nodes)
                     context.memo.clear()
 

@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_map
 
+from fusion_passes import restriding
 from fusion_passes.fusion import Refusal
 from fusion_passes.sizes import Sizes
 
@@ -26,6 +27,10 @@ _PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "fwd_source_
 
 class MetadataMismatch(Exception):
     """The replacement differs from the original in shape, strides, dtype or device; the message says where."""
+
+
+class StrideMismatch(MetadataMismatch):
+    """The strides differ, and nothing else."""
 
 
 def replace(
@@ -52,8 +57,9 @@ def replace(
             new = build()
             if len(new) != len(replaced):
                 raise RuntimeError(f"the fusion's replace returned {len(new)} values for {len(replaced)} outputs")
+            restrided: dict[Node, Any] = {}
             for made, old in zip(new, replaced):
-                check_metadata(made, old, assignments)
+                restrided |= _accept(made, old, assignments)
         _check_order([node for node in graph.nodes if node not in before])
     except BaseException:
         for node in reversed([n for n in graph.nodes if n not in before]):
@@ -64,6 +70,22 @@ def replace(
             node.meta.update({k: replaced[0].meta[k] for k in _PROVENANCE if k in replaced[0].meta} | dict(meta))
     for made, old in zip(new, replaced):
         old.replace_all_uses_with(made)
+    for node, value in restrided.items():
+        node.meta["val"] = value
+
+
+def _accept(made: Node, old: Node, assignments: Sequence[Sizes]) -> dict[Node, Any]:
+    """`check_metadata`, but for strides that only the padding of a product has; returns the new values of readers."""
+    try:
+        check_metadata(made, old, assignments)
+    except StrideMismatch as mismatch:
+        if not restriding.is_cut(old):
+            raise
+        values, reason = restriding.follow(made, old)
+        if reason is not None:
+            raise MetadataMismatch(f"{mismatch}, and {reason}") from mismatch
+        return values
+    return {}
 
 
 def _place(replaced: Sequence[Node], leaves: Collection[Node]) -> Node:
@@ -133,7 +155,7 @@ def check_metadata(new: Node, old: Node, assignments: Sequence[Sizes]) -> None:
         strides = list(zip(sizes.shape(old), sizes.strides(new), sizes.strides(old)))
         if any(n > 1 and x != y for n, x, y in strides):
             ours, theirs = ([stride[i] for stride in strides] for i in (1, 2))
-            raise MetadataMismatch(f"the fused op's strides {ours} differ from the graph's {theirs}")
+            raise StrideMismatch(f"the fused op's strides {ours} differ from the graph's {theirs}")
 
 
 @contextlib.contextmanager

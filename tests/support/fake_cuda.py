@@ -119,6 +119,19 @@ def fake_cuda() -> Iterator[None]:
     def answer(value: Any) -> Callable[..., Any]:
         return lambda *args, **kwargs: value
 
+    def sliced(original: Callable[..., Any]) -> Callable[..., Any]:
+        # Python's indexing looks for a CUDA runtime, the operator behind it does not: `pad_mm` slices its products.
+        def getitem(self: torch.Tensor, index: Any) -> torch.Tensor:
+            plain = isinstance(index, tuple) and all(isinstance(part, slice) for part in index)
+            if not plain or not self.is_cuda:
+                return original(self, index)
+            for axis, part in enumerate(index):
+                if part != slice(None):
+                    self = torch.ops.aten.slice.Tensor(self, axis, part.start or 0, part.stop, part.step or 1)
+            return self
+
+        return getitem
+
     def cpu_tables(original: Callable[..., Any]) -> Callable[..., Any]:
         # Pattern tables are traced on real tensors: let them see no GPU.
         def init(*devices: Any, **kwargs: Any) -> Any:
@@ -131,6 +144,7 @@ def fake_cuda() -> Iterator[None]:
         for name, value in answers.items():
             patch(torch.cuda, name, answer(value))
         patch(torch.version, "cuda", "13.0")
+        patch(torch.Tensor, "__getitem__", sliced(torch.Tensor.__getitem__))
         for module in (joint_graph, post_grad):
             patch(module, "lazy_init", cpu_tables(module.lazy_init))
         for name in ("device_count", "current_device", "get_device_properties", "synchronize", "is_bf16_supported"):
