@@ -113,7 +113,7 @@ def _nan_to_num(x: Tensor, nan: Any = None, posinf: Any = None, neginf: Any = No
 
 
 def _lerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    return a + weight * (b - a)
+    return torch.where(weight.abs() < 0.5, a + weight * (b - a), b - (b - a) * (1 - weight))  # as torch does
 
 
 def _identity(x: Tensor) -> Tensor:

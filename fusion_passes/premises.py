@@ -32,7 +32,8 @@ UNEVEN: frozenset[object] = (
 _SUMS = frozenset({
     aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Tensor, aten.rsub.Scalar,
     aten.mul.Tensor, aten.mul.Scalar, aten.neg.default, aten.addcmul.default, prims.add.default, prims.sub.default,
-    prims.mul.default, prims.fma.default, aten.cat.default, aten.stack.default, aten.copy.default,
+    prims.mul.default, prims.fma.default, aten.lerp.Tensor, aten.lerp.Scalar, aten.cat.default, aten.stack.default,
+    aten.copy.default,
 })  # fmt: skip
 _QUOTIENTS = frozenset({aten.div.Tensor, aten.div.Scalar, prims.div.default})
 
