@@ -18,7 +18,7 @@ from torch.fx import Node
 from fusion_passes import aten as semantics
 from fusion_passes.axes import Atom, AxisMap, LeafAxis, fit_axes
 from fusion_passes.sizes import Sizes, Unsupported
-from fusion_passes.views import Coords, axis_of, broadcast, concrete_tensors, is_view, read
+from fusion_passes.views import Coords, axis_of, broadcast, concrete_tensors, is_view, ravel, read, unravel
 
 __all__ = ["THROUGH", "Access", "Atom", "AxisMap", "LeafAxis", "factor_axes", "trace_access"]
 
@@ -52,6 +52,7 @@ def trace_access(
     sizes: Sizes,
     through: Collection[Any] = THROUGH,
     stop: Collection[Node] = (),
+    shape: Sequence[int] | None = None,
 ) -> Access:
     """Which elements of `leaf` the elements `coords` (one int64 [n] per axis) of `root` read.
 
@@ -61,13 +62,15 @@ def trace_access(
     Args:
         through: the targets that may be followed.
         stop: nodes that are not looked into, such as the other leaves of a subgraph.
+        shape: what `coords` count: a shape of as many elements as `root`'s, which is taken unless given.
 
     Raises:
         Unsupported: `root` does not read `leaf`, reads it through another kind of node (named in the message), or at
             two different places.
     """
     with concrete_tensors():
-        return _Trace(root, leaf, sizes, through, stop)(coords)
+        own = coords if shape is None else unravel(ravel(coords, shape), sizes.shape(root))
+        return _Trace(root, leaf, sizes, through, stop)(own)
 
 
 def factor_axes(
@@ -76,8 +79,11 @@ def factor_axes(
     sizes: Sizes,
     through: Collection[Any] = THROUGH,
     stop: Collection[Node] = (),
+    shape: Sequence[int] | None = None,
 ) -> AxisMap:
     """How the axes of `leaf` are composed of the axes of `root`, for one assignment of sizes.
+
+    `root` is seen in `shape` where that is given, a shape of as many elements as its own.
 
     Every axis of `root` is walked from end to end (sampled where it is longer than a few thousand), and the result is
     confirmed on random coordinates. Elements hidden by padding do not count against it.
@@ -89,11 +95,13 @@ def factor_axes(
         trace = _Trace(root, leaf, sizes, through, stop)
 
         def look(coords: Coords) -> tuple[Coords, Tensor]:
-            access = trace(coords)
+            access = trace(coords if seen == own else unravel(ravel(coords, seen), own))
             return access.coords, access.valid
 
+        own = sizes.shape(root)
+        seen = own if shape is None else tuple(shape)
         try:
-            return fit_axes(look, sizes.shape(root), sizes.shape(leaf))
+            return fit_axes(look, seen, sizes.shape(leaf))
         except Unsupported as error:
             raise Unsupported(f"{leaf.name}: {error}") from error
 

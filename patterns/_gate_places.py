@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch.fx import Node
@@ -105,15 +105,18 @@ def check_read(axis_map: AxisMap, time: int, chunk: int | None, padded: bool) ->
     return tokens
 
 
-def check_tail(root: Node, raw: Node, walks: Collection[list[int]], time: int, tokens: int, sizes: Sizes) -> None:
+def check_tail(
+    root: Node, raw: Node, shape: Sequence[int], walks: Collection[list[int]], time: int, tokens: int, sizes: Sizes
+) -> None:
     """Walk all axes: every position before the end of raw is read, and only the tail beyond it is padding.
+
+    The axes are those of `shape`, in which root is seen.
 
     What a single pad hides is an interval of a sum of coordinates, so it shows at their lowest or highest values.
 
     Raises:
         NearMiss: padding hides something else.
     """
-    shape = sizes.shape(root)
     clock = next(walk for walk in walks if time in walk)
     for walk in walks:
         count = math.prod(shape[axis] for axis in walk)
@@ -126,5 +129,5 @@ def check_tail(root: Node, raw: Node, walks: Collection[list[int]], time: int, t
             for axis in reversed(walk):
                 coords[axis] = places % shape[axis]
                 places = places // shape[axis]
-            if not torch.equal(trace_access(root, raw, coords, sizes).valid, real):
+            if not torch.equal(trace_access(root, raw, coords, sizes, shape=shape).valid, real):
                 raise NearMiss("padding hides positions other than those after the last token")

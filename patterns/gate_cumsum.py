@@ -34,6 +34,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -43,27 +44,18 @@ from fusion_passes import aten as semantics
 from fusion_passes import cone, rewrite
 from fusion_passes.access import AxisMap, factor_axes
 from fusion_passes.fusion import Because, Context, Fusion, NearMiss, Reason, Refusal, Site, dtype_name
-from fusion_passes.layout import Piece, SubAxis, arrange, refine, sub_axes
+from fusion_passes.layout import Piece, SubAxis, arrange, refine_shape, sub_axes
 from fusion_passes.ops import gate_cumsum as op
 from fusion_passes.patterns._gate import Gate, identify
+from fusion_passes.patterns._gate_axes import Axes, Frame, divide, roles
 from fusion_passes.patterns._gate_places import check_hidden, check_read, check_tail
 from fusion_passes.sizes import Sizes, Unsupported
+from fusion_passes.views import is_alias
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
 REVERSALS = (aten.flip.default, prims.rev.default)
 MAX_CUTS = 24
-
-
-@dataclasses.dataclass(frozen=True)
-class Axes:
-    """The roles of the axes of the cumsum's input; each lists positions, outermost first."""
-
-    batch: tuple[int, ...]
-    chunk: int | None  # None where there is a single chunk and its axis of size 1 is not told from others
-    time: int
-    head: tuple[int, ...]
-    channel: tuple[int, ...]
 
 
 def match(anchor: Node, context: Context) -> Site | None:
@@ -79,11 +71,11 @@ def match(anchor: Node, context: Context) -> Site | None:
     failure: Exception | None = None
     for raw, leaves, interior in _cuts(root, whole, time, context.sizes[0]):
         try:
-            gate, axes = _prove(root, raw, leaves, interior, time, chunk_size, context)
+            gate, axes, frame = _prove(root, raw, leaves, interior, time, chunk_size, context)
         except (NearMiss, Unsupported) as miss:
             failure = failure or miss
             continue
-        return _site(anchor, raw, interior, gate, axes, chunk_size, context)
+        return _site(anchor, raw, interior, gate, axes, frame, chunk_size, context)
     raise failure or NearMiss("no tensor that depends on time was found among its inputs")
 
 
@@ -152,8 +144,8 @@ def _depends_on(root: Node, leaf: Node, axis: int, sizes: Sizes) -> bool:
 
 def _prove(
     root: Node, raw: Node, leaves: list[Node], interior: set[Node], time: int, chunk_size: int, context: Context
-) -> tuple[Gate, Axes]:
-    """The gate and the roles of the axes, the same under every admissible assignment of sizes."""
+) -> tuple[Gate, Axes, Frame]:
+    """The gate and the roles of the axes of a frame, the same under every admissible assignment of sizes."""
     if not 1 <= len(leaves) <= 2:
         names = ", ".join(leaf.name for leaf in leaves) or "none"
         raise NearMiss(f"a gate has a per-head factor and at most a bias beside its input, found: {names}")
@@ -162,47 +154,16 @@ def _prove(
         check_hidden(raw, interior, sizes)
         gate = identify(root, raw, leaves, interior, sizes)
         maps = {leaf: factor_axes(root, leaf, sizes, stop=(raw, *leaves)) for leaf in (raw, *leaves)}
-        axes = _roles(root, raw, gate, maps, time, chunk_size, sizes)
+        frame = divide(root, raw, maps, time, sizes)
+        if frame.divided:
+            shape = frame.lengths(sizes.shape(root))
+            maps = {leaf: factor_axes(root, leaf, sizes, stop=(raw, *leaves), shape=shape) for leaf in maps}
+        axes = roles(raw, gate, maps, frame.first(time), chunk_size, sizes)
         _check_places(root, raw, maps, axes, sizes)
-        proofs.append((gate, axes))
+        proofs.append((gate, axes, frame))
     if any(proof != proofs[0] for proof in proofs[1:]):
         raise NearMiss("it is a gate for some sizes only")
     return proofs[0]
-
-
-def _roles(
-    root: Node, raw: Node, gate: Gate, maps: dict[Node, AxisMap], time: int, chunk_size: int, sizes: Sizes
-) -> Axes:
-    """Tell batch, chunk, time, head and channel axes apart by who reads them and how."""
-    shape = sizes.shape(root)
-    raw_map, factor_map = maps[raw], maps[gate.a_log]
-    chunk = _chunk_axis(raw_map, time, chunk_size)
-    used = {axis for axis in range(len(shape)) if shape[axis] > 1 and axis not in raw_map.unused}
-    idle = [axis for axis in range(len(shape)) if shape[axis] > 1 and axis in raw_map.unused and axis != time]
-    if idle:
-        raise NearMiss(f"its input is repeated along an axis of {shape[idle[0]]}")
-    free = sorted(used - {time, chunk})
-    head = tuple(axis for axis in free if axis not in factor_map.unused)
-    biased = {axis for axis in free if gate.bias is not None and axis not in maps[gate.bias].unused}
-    innermost = _innermost(raw, raw_map, sizes)
-    channel = tuple(axis for axis in free if axis not in head and (axis in biased or axis == innermost))
-    batch = tuple(axis for axis in free if axis not in head and axis not in channel)
-    if chunk is None and shape.count(1) < (1 if batch else 2):
-        raise NearMiss(f"the cumsum runs over the whole sequence of {shape[time]}, not over chunks of it")
-    return Axes(batch, chunk, time, head, channel)
-
-
-def _chunk_axis(raw_map: AxisMap, time: int, chunk_size: int) -> int | None:
-    """The root axis that counts chunks: one step of it is `chunk_size` positions on raw's own axis of time."""
-    for composition in raw_map.axes:
-        terms = [(raw_map.atoms[index], coefficient) for index, coefficient in composition.terms]
-        steps = [coefficient for atom, coefficient in terms if atom.root_axis == time]
-        if steps and (steps != [1] or any(atom.root_stride != 1 for atom, _ in terms if atom.root_axis == time)):
-            raise NearMiss("time is not read in steps of one")
-        if steps:
-            outer = [atom.root_axis for atom, step in terms if step == chunk_size and atom.root_stride == 1]
-            return outer[0] if outer else None
-    raise NearMiss("its input does not depend on the position in the chunk")
 
 
 def _check_places(root: Node, raw: Node, maps: dict[Node, AxisMap], axes: Axes, sizes: Sizes) -> None:
@@ -216,25 +177,16 @@ def _check_places(root: Node, raw: Node, maps: dict[Node, AxisMap], axes: Axes, 
     lengths = {leaf: check_read(axis_map, axes.time, axes.chunk, leaf is raw) for leaf, axis_map in maps.items()}
     clock = [axes.time] if axes.chunk is None else [axes.chunk, axes.time]
     walks = [*([axis] for axis in (*axes.batch, *axes.head, *axes.channel)), clock]
-    check_tail(root, raw, walks, axes.time, lengths[raw] or 0, sizes)
-
-
-def _innermost(raw: Node, axis_map: AxisMap, sizes: Sizes) -> int | None:
-    """The root axis whose steps are next to one another in raw's memory."""
-    strides = sizes.strides(raw)
-    for composition, stride in zip(axis_map.axes, strides):
-        for index, coefficient in composition.terms:
-            if stride * coefficient == 1:
-                return axis_map.atoms[index].root_axis
-    return None
+    check_tail(root, raw, maps[raw].root_shape, walks, axes.time, lengths[raw] or 0, sizes)
 
 
 def _site(
-    anchor: Node, raw: Node, interior: set[Node], gate: Gate, axes: Axes, chunk_size: int, context: Context
-) -> Site:
+    anchor: Node, raw: Node, interior: set[Node], gate: Gate, axes: Axes, frame: Frame, chunk_size: int,
+    context: Context,
+) -> Site:  # fmt: skip
     replaced, scale = _trailing_scale(anchor)
     leaves = {"raw": raw, "a_log": gate.a_log} | ({"bias": gate.bias} if gate.bias is not None else {})
-    shape = context.sizes[0].shape(anchor)
+    shape = frame.lengths(context.sizes[0].shape(anchor))
     heads = math.prod(shape[a] for a in axes.head)
     channels = math.prod(shape[a] for a in axes.channel)
     per = f"{heads} heads x {channels} channels" if axes.channel else f"{heads} heads, one gate each"
@@ -248,6 +200,7 @@ def _site(
         params={
             "gate": dataclasses.replace(gate, scale=factor),
             "axes": axes,
+            "frame": frame,
             "chunk_size": chunk_size,
             "sizes": context.sizes[0],
         },
@@ -272,7 +225,7 @@ def _trailing_scale(anchor: Node) -> tuple[Node, float]:
 
 def guard(site: Site, context: Context) -> Reason:
     """The kernel is compiled for a fixed number of heads and channels; only batch and tokens may be symbolic."""
-    shape = site.anchor.meta["val"].shape
+    shape = site.params["frame"].lengths(site.anchor.meta["val"].shape)
     axes = site.params["axes"]
     for what, positions in (("heads", axes.head), ("channels", axes.channel)):
         if not all(isinstance(shape[axis], int) for axis in positions):
@@ -294,10 +247,11 @@ def profit(site: Site, context: Context) -> Reason:
 
 def replace(site: Site, graph: Graph) -> Node:
     """`torch.ops.fusion_passes.gate_cumsum` on views of the leaves, viewed as the shape that the graph had."""
-    gate, axes, sizes = site.params["gate"], site.params["axes"], site.params["sizes"]
+    gate, axes, frame, sizes = (site.params[name] for name in ("gate", "axes", "frame", "sizes"))
     root = _root(site.anchor)
-    maps = {name: factor_axes(root, leaf, sizes) for name, leaf in site.leaves.items()}
-    pieces = refine(list(maps.values()), root, sizes)
+    shape, own = frame.lengths(sizes.shape(root)), root.meta["val"].shape
+    maps = {name: factor_axes(root, leaf, sizes, shape=shape) for name, leaf in site.leaves.items()}
+    pieces = refine_shape(list(maps.values()), shape, [isinstance(n, int) for n in frame.lengths(own)])
     times = frozenset({axes.time} | ({axes.chunk} if axes.chunk is not None else set()))
     heads = [p for axis in axes.head for p in pieces[axis]]
     channels = [p for axis in axes.channel for p in pieces[axis]]
@@ -315,15 +269,25 @@ def replace(site: Site, graph: Graph) -> Node:
         _per_head(graph, site.leaves[name], maps[name], pieces, heads, channels, counts) if name in maps else None
         for name in ("a_log", "bias")
     ]
-    chunks = 1 if axes.chunk is None else rewrite.known_size(graph, root, axes.chunk)
-    order = sizes.strides(site.replaced)
-    memory = sorted((a for a, n in enumerate(sizes.shape(root)) if n > 1), key=lambda a: -order[a])
+    chunks: int | Node = 1
+    if axes.chunk is not None:
+        counted = frame.own(axes.chunk)
+        chunks = shape[axes.chunk] if counted is None else rewrite.known_size(graph, root, counted)
+    order = frame.strides(sizes.strides(site.replaced))
+    memory = sorted((a for a, n in enumerate(shape) if n > 1), key=lambda a: -order[a])
     layout = _layout(axes, memory)
     out = rewrite.call(
         graph, torch.ops.fusion_passes.gate_cumsum.default, raw, *small, chunks, site.params["chunk_size"],
         gate.lower_bound, gate.scale, gate.beta, gate.threshold, gate.pad_gate, layout, None, None,
     )
-    return _as_in_graph(graph, out, layout, axes, memory, root)
+    framed = _in_frame(graph, out, layout, axes, memory, frame.lengths(own))
+    if not frame.divided:
+        return framed
+    lengths = [n if isinstance(n, int) else rewrite.size(graph, framed, frame.first(a)) for a, n in enumerate(own)]
+    merged = rewrite.call(graph, aten.reshape.default, framed, lengths)
+    if not is_alias(merged, framed):
+        raise Refusal("the axes of the sums cannot be put together without a copy")
+    return merged
 
 
 def _head_groups(parts: list[SubAxis], heads: list[Piece]) -> tuple[list[SubAxis], list[SubAxis]]:
@@ -365,9 +329,8 @@ def _layout(axes: Axes, memory: list[int]) -> str:
     return "".join(letter for letter in "bnhkc" if letter not in runs) + runs
 
 
-def _as_in_graph(graph: Graph, out: Node, layout: str, axes: Axes, memory: list[int], root: Node) -> Node:
-    """View the op's result, which lies in memory order, as the shape and axis order that the graph has."""
-    shape = root.meta["val"].shape
+def _in_frame(graph: Graph, out: Node, layout: str, axes: Axes, memory: list[int], shape: list[Any]) -> Node:
+    """View the op's result, which lies in memory order, as the shape and axis order of the frame."""
     single = {"n": axes.chunk, "c": axes.time, "b": axes.batch, "h": axes.head, "k": axes.channel}
     idle = [axis for axis in range(len(shape)) if axis not in memory]
     ordered = idle + memory

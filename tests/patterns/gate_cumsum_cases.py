@@ -7,7 +7,7 @@ The meaning, with one running sum per chunk of C tokens:
     bounded gate:  g = lower * sigmoid(exp(A_log[h]) * (raw + bias))
 
 Axes are written as letters: b batch, n chunk, c token in its chunk, h head, k channel, t = (n c), d = (h k),
-z = (b h), 1 a unit axis. A letter may be left out where its size is one.
+z = (b h), y = (b n), x = (h n), w = (b h n), 1 a unit axis. A letter may be left out where its size is one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-MERGED = {"t": "nc", "d": "hk", "z": "bh"}
+MERGED = {"t": "nc", "d": "hk", "z": "bh", "y": "bn", "x": "hn", "w": "bhn"}
 
 
 def arrange(value: Tensor, layout: str, chunk: int | None = None) -> Tensor:

@@ -350,3 +350,17 @@ def as_strided_chunks(raw: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
     """All views at once by as_strided."""
     x = (raw + bias).as_strided((2, 2, 2, 64, 64), (128 * 128, 64, 64 * 128, 128, 1))
     return (-A_log.exp().view(2, 1, 1, 1) * F.softplus(x)).cumsum(3)
+
+
+@entry(CHANNEL, Case(out="ychk", tokens=200))
+def chunks_as_batch_rows(raw: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
+    """Chunks are folded into the batch, the last one padded; token-major."""
+    g = F.pad(heads(F.softplus(raw + bias)) * -A_log.exp()[:, None], (0, 0, 0, 0, 0, 56))
+    return g.reshape(-1, 64, 2, 64).cumsum(1)
+
+
+@entry(CHANNEL, Case(out="wck", dtype=BF16))
+def matrices_of_chunks(raw: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
+    """One batch of matrices [C, K] over batch rows, heads and chunks."""
+    g = heads(-F.softplus(raw.float() + bias)) * A_log.exp().unsqueeze(-1)
+    return g.permute(0, 2, 1, 3).reshape(-1, 64, 64).cumsum(1)

@@ -108,6 +108,27 @@ def keepdim_for_broadcast(raw: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
     return per_head(-A_log.exp() * F.softplus(raw + bias)).unsqueeze(3).cumsum(-1)
 
 
+
+@entry(HEAD, head_case(out="wc", dtype=BF16))
+def rows_of_chunks(raw: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
+    """Batch rows, heads and chunks as the rows of a matrix."""
+    return per_head(-A_log.exp() * F.softplus(raw.float() + bias)).reshape(-1, 64).cumsum(-1)
+
+
+@entry(HEAD, head_case(out="bxc", tokens=200))
+def chunks_of_heads_in_a_row(raw: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
+    """Heads and chunks along one axis, the last chunk padded."""
+    g = F.pad((-A_log.exp() * F.softplus(raw + bias)).transpose(1, 2), (0, 56))
+    return g.reshape(2, -1, 64).cumsum(2)
+
+
+@entry(HEAD, head_case(out="bnch"))
+def chunks_as_batch_rows_and_back(raw: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
+    """Chunks are folded into the batch for the sum alone."""
+    g = -A_log.exp() * F.softplus(raw + bias)
+    return g.view(4, 64, 4).cumsum(1).view(2, 2, 64, 4)
+
+
 @entry(BOUNDED, bounded_case(dtype=BF16, parameter_dtype=BF16))
 def bounded_as_released(raw: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
     """lower * sigmoid(exp(A_log) * (raw + bias)), cast first."""

@@ -385,3 +385,15 @@ def summed_twice(raw: Tensor, A_log: Tensor, bias: Tensor) -> tuple[Tensor, Tens
     """The gate also feeds a sum over the whole sequence."""
     g = gate(raw, A_log, bias)
     return chunked(g).cumsum(-2), g.sum(1)
+
+
+@entry(LOOKALIKES, Case(heads=4, out="ychk"), "value")
+def a_rate_for_every_chunk(raw: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
+    """The factor belongs to a row of the merged axis of batch rows and chunks, not to a head."""
+    return (F.softplus(raw + bias).view(4, 64, 4, 64) * -A_log.exp()[:, None, None, None]).cumsum(1)
+
+
+@entry(LOOKALIKES, Case(out="ychk"), "value")
+def chunks_that_start_in_another(raw: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
+    """Folded into the batch after a roll: every chunk holds the end of another."""
+    return gate(raw, A_log, bias).roll(32, 1).reshape(4, 64, 2, 64).cumsum(1)
