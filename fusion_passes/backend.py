@@ -8,6 +8,7 @@ them in a process in which no pass ever ran.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 from collections import Counter
@@ -23,7 +24,7 @@ from fusion_passes import (
     ops,  # noqa: F401  (registers the ops)
     records,
 )
-from fusion_passes.graph_pass import FusionPass, compose
+from fusion_passes.graph_pass import FusionPass, compose, members
 from fusion_passes.settings import named, snapshot, split_options
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,8 @@ def fusion_passes_backend(
         gm: the graph that Dynamo captured.
         example_inputs: its inputs.
         mode: any mode of Inductor ("default", "reduce-overhead", "max-autotune", ...).
-        options: any of Inductor's options, and `fusion_passes.<setting>` for the settings of this package.
+        options: any of Inductor's options, and `fusion_passes.<setting>` for the settings of this package. What
+            `fusion_passes.options()` returned may be among them; its settings hold where no such key is given.
 
     Raises:
         ValueError: an unknown `fusion_passes.*` option or fusion name; the message lists the valid ones.
@@ -72,7 +74,7 @@ def fusion_passes_backend(
 
     own, inductor_options = split_options(options)
     patches = dict(torch._TorchCompileInductorWrapper(mode, inductor_options, None).config)
-    settings = snapshot(own)
+    settings = snapshot({**_settings_of(inductor_options.get(SLOT)), **own})
     if settings.enabled is False:
         return cast(Any, compile_fx(gm, example_inputs, config_patches=patches))
     _warn_if_out_of_process()
@@ -88,6 +90,12 @@ def fusion_passes_backend(
             records.trace(found)
         expectation.warn_if_nothing(found)
     return compiled
+
+
+def _settings_of(slot: Any) -> dict[str, Any]:
+    """The settings of our own pass, if the slot holds one."""
+    ours = [member.settings for member in members(slot) if isinstance(member, FusionPass)]
+    return dataclasses.asdict(ours[-1]) if ours else {}
 
 
 def _reset() -> None:

@@ -91,6 +91,16 @@ def test_both_doors_at_once_run_the_pass_once() -> None:
     assert len(fusion_passes.report().records) == 1
 
 
+def test_settings_of_options_hold_for_the_backend_too() -> None:
+    """Both at once are easily written; what the options say must not be lost."""
+    given = fusion_passes.options(reference_on_cpu=True)
+    compile_gate(backend="fusion_passes", options={**given, "fusion_passes.reference_on_cpu": False})
+    assert fused() == 0
+    torch._dynamo.reset()
+    compile_gate(backend="fusion_passes", options=given)
+    assert fused() == 1
+
+
 def test_disabled_by_configuration() -> None:
     with fusion_passes.config.patch(enabled=False):
         compile_gate(backend="fusion_passes", options=ON_CPU)
