@@ -63,9 +63,9 @@ def check_arguments(
 
 def _check_sizes(heads: Any, width: Any) -> None:
     if isinstance(heads, int) and not 1 <= heads <= MOST_HEADS:
-        raise ValueError(f"there must be 1 to {MOST_HEADS} heads, got {heads}")
+        raise ValueError(f"q must have 1 to {MOST_HEADS} heads, got {heads}")
     if isinstance(width, int) and (width % VECTOR or not LEAST_WIDTH <= width <= MOST_WIDTH):
-        raise ValueError(f"D must be a multiple of {VECTOR} from {LEAST_WIDTH} to {MOST_WIDTH}, got {width}")
+        raise ValueError(f"q must have a multiple of {VECTOR} channels from {LEAST_WIDTH} to {MOST_WIDTH}, got {width}")
 
 
 def _check_dtypes(
