@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import _compare
 import torch
 from torch import Tensor
-from torch.nn import Conv1d, Linear, Module, ModuleList
+from torch.nn import Conv1d, Linear, Module, Sequential
 from torch.nn.functional import conv1d, logsigmoid, rms_norm, silu
 
 from fusion_passes.ops.chunk_delta_rule import chunk_delta_rule
@@ -73,19 +73,6 @@ class GatedDeltaNet(Module):
         return x + self.out(delta_rule(q, k, v, logsigmoid(decay.float()), beta.sigmoid()).flatten(-2))
 
 
-class Model(Module):
-    """Layers of linear attention."""
-
-    def __init__(self, layers: int, *sizes: int) -> None:
-        super().__init__()
-        self.layers = ModuleList(GatedDeltaNet(*sizes) for _ in range(layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the example; 0 if the results agree."""
     parser = _compare.parser(__doc__)
@@ -98,10 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     hidden, *heads = (2048, 16, 32) if args.real else (64, 1, 2)
     with torch.device(device):
         torch.manual_seed(0)
-        model = Model(args.layers, hidden, *heads).to(dtype).requires_grad_(False)
+        layers = [GatedDeltaNet(hidden, *heads) for _ in range(args.layers)]
+        model = Sequential(*layers).to(dtype).requires_grad_(False)
         x = torch.randn(1, tokens, hidden, dtype=dtype)
     print(f"{args.layers} layers, {tokens} tokens, {heads[0]} and {heads[1]} heads, {dtype} on {device}")
-    return 0 if _compare.whole(model, device, {"x": x}) else 1
+    return 0 if _compare.whole(model, device, {"input": x}) else 1
 
 
 if __name__ == "__main__":

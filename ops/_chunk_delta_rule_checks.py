@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from fusion_passes.ops._checks import FLOATS
-from fusion_passes.ops._checks import check_shape as _check_shape
-from fusion_passes.ops._checks import known_different as _known_different
+from fusion_passes.ops._checks import FLOATS, check_shape, known_different
 
 Tensor = torch.Tensor
 
@@ -50,21 +48,21 @@ def check_arguments(
 def _check_token_tensors(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> None:
     if q.dim() != 4:
         raise ValueError(f"q must be [B, T, HK, K], got shape {list(q.shape)}")
-    _check_shape("k", k, q.shape, "[B, T, HK, K] as q")
+    check_shape("k", k, q.shape, "[B, T, HK, K] as q")
     if v.dim() != 4:
         raise ValueError(f"v must be [B, T, HV, V], got shape {list(v.shape)}")
     batch, tokens, heads, channels = q.shape
     value_heads = v.shape[2]
-    _check_shape("v", v, (batch, tokens, value_heads, v.shape[3]), "[B, T, HV, V] with B and T of q")
+    check_shape("v", v, (batch, tokens, value_heads, v.shape[3]), "[B, T, HV, V] with B and T of q")
     if isinstance(heads, int) and isinstance(value_heads, int) and (heads == 0 or value_heads % heads):
         raise ValueError(f"v must have a multiple of the {heads} heads of q and k, got {value_heads}")
     if g.dim() == 4:
-        _check_shape("g", g, (batch, tokens, value_heads, channels), "[B, T, HV] or [B, T, HV, K]")
+        check_shape("g", g, (batch, tokens, value_heads, channels), "[B, T, HV] or [B, T, HV, K]")
     else:
-        _check_shape("g", g, (batch, tokens, value_heads), "[B, T, HV] or [B, T, HV, K]")
-    _check_shape("beta", beta, (batch, tokens, value_heads), "[B, T, HV]")
+        check_shape("g", g, (batch, tokens, value_heads), "[B, T, HV] or [B, T, HV, K]")
+    check_shape("beta", beta, (batch, tokens, value_heads), "[B, T, HV]")
     for name, t in (("q", q), ("k", k), ("v", v), *((("g", g),) if g.dim() == 4 else ())):
-        if _known_different(t.stride(-1), 1) and _known_different(t.shape[-1], 1):
+        if known_different(t.stride(-1), 1) and known_different(t.shape[-1], 1):
             raise ValueError(f"{name} must have stride 1 along its last axis, got strides {list(t.stride())}")
 
 
@@ -86,9 +84,9 @@ def _check_gate(
         if t is None:
             continue
         if t.dim() == 2 and g.dim() == 4:
-            _check_shape(name, t, (heads, channels), "[HV] or [HV, K]")
+            check_shape(name, t, (heads, channels), "[HV] or [HV, K]")
         else:
-            _check_shape(name, t, (heads,), "[HV] or [HV, K]" if g.dim() == 4 else "[HV], as g has no channels")
+            check_shape(name, t, (heads,), "[HV] or [HV, K]" if g.dim() == 4 else "[HV], as g has no channels")
 
 
 def _check_sequences(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -101,12 +99,12 @@ def _check_sequences(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | No
             raise ValueError(f"cu_seqlens must be [S + 1], the bounds of S sequences, got shape {shape}")
         if not cu_seqlens.is_contiguous():
             raise ValueError(f"cu_seqlens must be contiguous, got strides {list(cu_seqlens.stride())}")
-        if _known_different(q.shape[0], 1):
+        if known_different(q.shape[0], 1):
             raise ValueError(f"q must have B = 1 with cu_seqlens (sequences are packed along T), got B = {q.shape[0]}")
         sequences = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         wanted = "[B, HV, K, V]" if cu_seqlens is None else "[S, HV, K, V] for S sequences"
-        _check_shape("initial_state", initial_state, (sequences, v.shape[2], k.shape[3], v.shape[3]), wanted)
+        check_shape("initial_state", initial_state, (sequences, v.shape[2], k.shape[3], v.shape[3]), wanted)
         if not initial_state.is_contiguous():
             raise ValueError(f"initial_state must be contiguous, got strides {list(initial_state.stride())}")
 

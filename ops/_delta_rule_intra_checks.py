@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from fusion_passes.ops._chunk_delta_rule_checks import FLOATS, _check_shape, _known_different
+from fusion_passes.ops._checks import FLOATS, check_shape, known_different
 
 Tensor = torch.Tensor
 
@@ -55,14 +55,14 @@ def _check_rows(k: Tensor, v: Tensor, beta: Tensor, q: Tensor | None) -> None:
             raise ValueError(f"{name} must have 16 to {MOST_CHANNELS} channels, a multiple of 16, got {width}")
     batch, tokens, heads = k.shape[:3]
     value_heads = v.shape[2]
-    _check_shape("v", v, (batch, tokens, value_heads, v.shape[3]), "[B, T, HV, V] with B and T of k")
+    check_shape("v", v, (batch, tokens, value_heads, v.shape[3]), "[B, T, HV, V] with B and T of k")
     if isinstance(heads, int) and isinstance(value_heads, int) and (heads == 0 or value_heads % heads):
         raise ValueError(f"v must have a multiple of the {heads} heads of k, got {value_heads}")
-    _check_shape("beta", beta, (batch, tokens, value_heads), "[B, T, HV]")
+    check_shape("beta", beta, (batch, tokens, value_heads), "[B, T, HV]")
     if q is not None:
-        _check_shape("q", q, k.shape, "[B, T, HK, K] as k")
+        check_shape("q", q, k.shape, "[B, T, HK, K] as k")
     for name, row in (("k", k), ("v", v), ("q", q)):
-        if row is not None and _known_different(row.stride(-1), 1):
+        if row is not None and known_different(row.stride(-1), 1):
             raise ValueError(f"{name} must have stride 1 along its last axis, got strides {list(row.stride())}")
 
 
@@ -73,8 +73,8 @@ def _check_sums(k: Tensor, v: Tensor, sums: Tensor) -> None:
     chunks, length = sums.shape[2:4]
     if isinstance(length, int) and length not in CHUNKS:
         raise ValueError(f"sums must have chunks of {', '.join(map(str, CHUNKS))} tokens, got {length}")
-    _check_shape("sums", sums, (k.shape[0], v.shape[2], chunks, length, *k.shape[3:][: sums.dim() - 4]), wanted)
+    check_shape("sums", sums, (k.shape[0], v.shape[2], chunks, length, *k.shape[3:][: sums.dim() - 4]), wanted)
     if isinstance(chunks, int) and isinstance(k.shape[1], int) and chunks * length < k.shape[1]:
         raise ValueError(f"sums must have chunks for all {k.shape[1]} tokens, got {chunks} of {length}")
-    if sums.dim() == 5 and _known_different(sums.stride(-1), 1):
+    if sums.dim() == 5 and known_different(sums.stride(-1), 1):
         raise ValueError(f"sums must have stride 1 along its last axis, got strides {list(sums.stride())}")

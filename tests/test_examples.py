@@ -82,7 +82,7 @@ def test_models(name: str, arguments: list[str], fused: str, quick: None, capsys
 
 def test_a_difference_fails(quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     program = example("latent_attention")
-    monkeypatch.setattr("_compare.compiled", lambda model, device: lambda x: model(1.01 * x))
+    monkeypatch.setattr("_compare.compiled", lambda model, device: lambda input: model(1.01 * input))
     assert program.main([]) == 1
     assert "NOT equal" in capsys.readouterr().out
 
