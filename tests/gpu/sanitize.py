@@ -26,7 +26,7 @@ TESTS = {
     "qkv_split": "widths_and_repeats or test_dtypes",
     "mla_kv_pack": "widths_and_dtypes or test_strides or uncast or empty",
     "delta_rule_intra": "test_widths and (16-48 or 96-240)",
-    "chunk_delta_rule": "gates_inside or (packed_sequences and segments=4)",
+    "chunk_delta_rule": "gates_inside or packed_sequences",
     "index_score": "(product_per_head and 64-12-96 and keep) or (test_layouts and (bst or tbs))",
     "head_gate": "test_forms and (16- or 300-) and not split_x",
     "redundant_copy": "test_kernel and dtype0 and (by_rows or by_tokens)",
