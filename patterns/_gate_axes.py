@@ -64,12 +64,13 @@ class Axes:
     channel: tuple[int, ...]
 
 
-def divide(root: Node, raw: Node, maps: Mapping[Node, AxisMap], time: int, sizes: Sizes) -> Frame:
-    """Divide every axis whose factors are read by different leaves, or count chunks beside something else."""
+def divide(root: Node, raw: Node, gate: Gate, maps: Mapping[Node, AxisMap], time: int, sizes: Sizes) -> Frame:
+    """Divide every axis that counts chunks or heads beside something else."""
     raw_map = maps[raw]
     read = [{raw_map.atoms[i] for i, _ in axis.terms} for axis in raw_map.axes]
     counted = next((atoms for atoms in read if any(atom.root_axis == time for atom in atoms)), set())
-    readers = [counted, *({m.atoms[i] for i in m.used()} for leaf, m in maps.items() if leaf is not raw)]
+    factor = maps[gate.a_log]
+    readers = (counted, {factor.atoms[i] for i in factor.used()})
 
     def role(piece: Piece) -> tuple[bool, ...]:
         return tuple(

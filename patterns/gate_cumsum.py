@@ -154,7 +154,7 @@ def _prove(
         check_hidden(raw, interior, sizes)
         gate = identify(root, raw, leaves, interior, sizes)
         maps = {leaf: factor_axes(root, leaf, sizes, stop=(raw, *leaves)) for leaf in (raw, *leaves)}
-        frame = divide(root, raw, maps, time, sizes)
+        frame = divide(root, raw, gate, maps, time, sizes)
         if frame.divided:
             shape = frame.lengths(sizes.shape(root))
             maps = {leaf: factor_axes(root, leaf, sizes, stop=(raw, *leaves), shape=shape) for leaf in maps}

@@ -256,7 +256,7 @@ def shared_leaves(raw: Tensor, a_log: Tensor, bias: Tensor) -> tuple[Tensor, ...
     return chunked(gate(raw, a_log, bias)).cumsum(2), chunked(gate(raw, a_log, bias), 32).cumsum(2) * 2.0
 
 
-@trap("")
+@trap()
 def branches(raw: Tensor, a_log: Tensor, bias: Tensor) -> Tensor:
     def yes(raw: Tensor, a_log: Tensor, bias: Tensor) -> Tensor:
         return chunked(gate(raw, a_log, bias)).cumsum(2)
@@ -285,7 +285,7 @@ def test_a_trap_is_refused_or_keeps_its_value(name: str) -> None:
         assert_refuses(function, *inputs(shape, spread), fusion=NAME, reason=reason, always_profitable=True)
     actual, report = run_fused(function, *inputs(shape, spread), always_profitable=True)
     assert_same(actual, function(*inputs(shape, spread)))
-    assert report.fused or report.refusals or report.near_misses or name == "branches"
+    assert report.fused or report.refusals or report.near_misses
 
 
 @torch.no_grad()
