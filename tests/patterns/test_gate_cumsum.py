@@ -222,12 +222,14 @@ def test_dynamic_tokens_and_batch_cause_no_recompile() -> None:
 
 
 FORMS = [(1, 128, torch.bfloat16), (2, 100, torch.float32), (1, 100, torch.bfloat16), (2, 128, torch.float32)]
+# The two gates of one model share the forms.
+FORMS_OF = {"kimi_linear": FORMS, "glm5_next": FORMS[:1], "glm5_next_softplus": FORMS[1:2]}
 
 
 @pytest.mark.parametrize(
     ("name", "batch", "tokens", "dtype"),
     # The loop over chunks takes long to trace: two of the forms for most models, together every value of each.
-    [(name, *form) for name in hf_models.LINEAR_ATTENTION for form in (FORMS if name == "kimi_linear" else FORMS[:2])],
+    [(name, *form) for name in hf_models.LINEAR_ATTENTION for form in FORMS_OF.get(name, FORMS[:2])],
     ids=str,
 )
 def test_every_linear_layer_of_hugging_face_models(name: str, batch: int, tokens: int, dtype: torch.dtype) -> None:
