@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusion_passes.ops._index_score_kernel import _flipped, _hide, _live_rows
+from fusion_passes.ops._index_score_kernel import _hide, _live_rows, _relu, _scaled_keys
 
 
 @triton.jit
@@ -93,11 +93,7 @@ def index_score_by_head_kernel(
         b_k = _load(p_k + o_key.to(tl.int64)[:, None] * stride_t + o_d[None, :], m_t, o_d < D, False, D == BD)
         if k_scale_ptr is not None:
             p_k_scale = k_scale_ptr + batch * k_scale_stride_b + o_t.to(tl.int64) * k_scale_stride_t
-            b_k_scale = tl.load(p_k_scale, mask=m_t, other=0.0).to(tl.float32)
-            if not SCALE_AFTER:
-                # relu(c x) = |c| relu(sign(c) x)
-                b_k = _flipped(b_k, (b_k_scale < 0)[:, None])
-                b_k_scale = tl.abs(b_k_scale)
+            b_k, b_k_scale = _scaled_keys(b_k, p_k_scale, m_t, SCALE_AFTER)
             b_factor *= b_k_scale
         b_k = tl.trans(b_k)
         p_q = q_ptr + q_offset + batch * q_stride_b + first * stride_s
@@ -115,11 +111,7 @@ def index_score_by_head_kernel(
             if q_scale_ptr is not None:
                 b_dot *= _load_row_values(p_q_scale + o_wide * q_scale_stride_s, m_row, ROWS_IN)[:, None]
                 p_q_scale += q_scale_stride_h
-            if KEEP_NAN:
-                b_dot = tl.maximum(b_dot, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            else:
-                b_dot = tl.maximum(b_dot, 0.0)
-            b_score += b_dot * b_w[:, None]
+            b_score += _relu(b_dot, KEEP_NAN) * b_w[:, None]
             p_q += stride_h
             p_w += stride_wh
     b_score *= b_factor[None, :]

@@ -94,15 +94,31 @@ def _hide(
 
 
 @triton.jit
-def _weighted(b_dot, b_w, b_q_scale, m_head, PADDED: tl.constexpr, SCALED: tl.constexpr, KEEP_NAN: tl.constexpr):
-    """w * relu(dot), [keys, columns]; heads that do not exist count nothing."""
-    if SCALED:
-        b_dot *= b_q_scale[None, :]
+def _scaled_keys(b_k, p_k_scale, b_in, SCALE_AFTER: tl.constexpr):
+    """(keys, factors of their scores) for scales of the keys, of which only the sign has to pass the relu."""
+    b_k_scale = tl.load(p_k_scale, mask=b_in, other=0.0).to(tl.float32)
+    if not SCALE_AFTER:
+        # relu(c x) = |c| relu(sign(c) x)
+        b_k = _flipped(b_k, (b_k_scale < 0)[:, None])
+        b_k_scale = tl.abs(b_k_scale)
+    return b_k, b_k_scale
+
+
+@triton.jit
+def _relu(b_dot, KEEP_NAN: tl.constexpr):
     if KEEP_NAN:
         b_dot = tl.maximum(b_dot, 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
         b_dot = tl.maximum(b_dot, 0.0)
-    b_dot *= b_w[None, :]
+    return b_dot
+
+
+@triton.jit
+def _weighted(b_dot, b_w, b_q_scale, m_head, PADDED: tl.constexpr, SCALED: tl.constexpr, KEEP_NAN: tl.constexpr):
+    """w * relu(dot), [keys, columns]; heads that do not exist count nothing."""
+    if SCALED:
+        b_dot *= b_q_scale[None, :]
+    b_dot = _relu(b_dot, KEEP_NAN) * b_w[None, :]
     if PADDED:
         b_dot = tl.where(m_head[None, :], b_dot, 0.0)
     return b_dot
@@ -178,11 +194,7 @@ def index_score_kernel(
     b_factor = tl.full([KEYS], SCALE, tl.float32)
     if k_scale_ptr is not None:
         p_k_scale = k_scale_ptr + batch * k_scale_stride_b + o_t.to(tl.int64) * k_scale_stride_t
-        b_k_scale = tl.load(p_k_scale, mask=b_in, other=0.0).to(tl.float32)
-        if not SCALE_AFTER:
-            # relu(c x) = |c| relu(sign(c) x)
-            b_k = _flipped(b_k, (b_k_scale < 0)[:, None])
-            b_k_scale = tl.abs(b_k_scale)
+        b_k, b_k_scale = _scaled_keys(b_k, p_k_scale, b_in, SCALE_AFTER)
         b_factor *= b_k_scale
     p_q = q_ptr + q_offset + batch * q_stride_b
     p_q += (o_column // BH * stride_s + o_head * stride_h)[:, None] + o_d[None, :]
