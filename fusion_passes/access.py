@@ -69,8 +69,7 @@ def trace_access(
             two different places.
     """
     with concrete_tensors():
-        own = coords if shape is None else unravel(ravel(coords, shape), sizes.shape(root))
-        return _Trace(root, leaf, sizes, through, stop)(own)
+        return _Trace(root, leaf, sizes, through, stop, shape)(coords)
 
 
 def factor_axes(
@@ -92,25 +91,28 @@ def factor_axes(
         Unsupported: as for `trace_access`, or the access is not a mixed-radix composition; the message says why.
     """
     with concrete_tensors():
-        trace = _Trace(root, leaf, sizes, through, stop)
+        trace = _Trace(root, leaf, sizes, through, stop, shape)
 
         def look(coords: Coords) -> tuple[Coords, Tensor]:
-            access = trace(coords if seen == own else unravel(ravel(coords, seen), own))
+            access = trace(coords)
             return access.coords, access.valid
 
-        own = sizes.shape(root)
-        seen = own if shape is None else tuple(shape)
         try:
-            return fit_axes(look, seen, sizes.shape(leaf))
+            return fit_axes(look, trace.shape, sizes.shape(leaf))
         except Unsupported as error:
             raise Unsupported(f"{leaf.name}: {error}") from error
 
 
 class _Trace:
-    """Coordinates carried from `root` back to `leaf`; the nodes in between are found once."""
+    """Coordinates carried from `root`, seen in `shape`, back to `leaf`; the nodes in between are found once."""
 
-    def __init__(self, root: Node, leaf: Node, sizes: Sizes, through: Collection[Any], stop: Collection[Node]) -> None:
+    def __init__(
+        self, root: Node, leaf: Node, sizes: Sizes, through: Collection[Any], stop: Collection[Node],
+        shape: Sequence[int] | None,
+    ) -> None:  # fmt: skip
         self.root, self.leaf, self.sizes = root, leaf, sizes
+        self.own = sizes.shape(root)
+        self.shape = self.own if shape is None else tuple(shape)
         self.between = _between(root, leaf, frozenset(stop) - {leaf, root})
         if leaf not in self.between:
             raise Unsupported(f"{root.name} does not read {leaf.name}")
@@ -119,6 +121,8 @@ class _Trace:
                 raise Unsupported(f"{leaf.name} is read through {node.name} ({node.target})")
 
     def __call__(self, coords: Sequence[Tensor]) -> Access:
+        if self.shape != self.own:
+            coords = unravel(ravel(coords, self.shape), self.own)
         count = coords[0].shape if coords else torch.Size([1])
         reads: dict[Node, list[Access]] = {node: [] for node in self.between}
         reads[self.root] = [Access(list(coords), torch.ones(count, dtype=torch.bool))]
