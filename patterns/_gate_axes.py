@@ -25,32 +25,27 @@ class Frame:
     """The axes in which a gate is looked at: those of the sums, some of them divided into factors.
 
     Attributes:
-        divided: pairs of an axis of the sums and the lengths of its factors, outermost first.
+        divided: for an axis of the sums the lengths of its factors, outermost first.
     """
 
-    divided: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    divided: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def lengths(self, own: Sequence[Any]) -> list[Any]:
         """The lengths of the frame's axes, numbers or symbols."""
-        return [n for axis, length in enumerate(own) for n in dict(self.divided).get(axis, (length,))]
+        return [n for axis, length in enumerate(own) for n in self.divided.get(axis, (length,))]
 
     def strides(self, own: Sequence[int]) -> list[int]:
         """The strides of the frame's axes."""
         found: list[int] = []
         for axis, stride in enumerate(own):
-            factors = dict(self.divided).get(axis, (1,))
+            factors = self.divided.get(axis, (1,))
             inner = itertools.accumulate(factors[:0:-1], lambda a, b: a * b, initial=1)
             found += [stride * count for count in inner][::-1]
         return found
 
     def first(self, axis: int) -> int:
         """The frame's first axis that belongs to an axis of the sums."""
-        return axis + sum(len(factors) - 1 for other, factors in self.divided if other < axis)
-
-    def own(self, position: int) -> int | None:
-        """The axis of the sums that is the frame's axis at a position; None for a factor of one."""
-        axis = next(a for a in itertools.count() if self.first(a) <= position < self.first(a + 1))
-        return None if axis in dict(self.divided) else axis
+        return axis + sum(len(factors) - 1 for other, factors in self.divided.items() if other < axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +77,12 @@ def divide(root: Node, raw: Node, gate: Gate, maps: Mapping[Node, AxisMap], time
         pieces = refine(list(maps.values()), root, sizes)
     except Refusal:  # what cannot be divided is left as it is
         return Frame()
-    divided = []
+    divided = {}
     for axis, parts in pieces.items():
         runs = [list(run) for _, run in itertools.groupby(parts, role)]
         if axis != time and len(runs) > 1:
-            divided.append((axis, tuple(_count(run) for run in runs)))
-    return Frame(tuple(divided))
+            divided[axis] = tuple(_count(run) for run in runs)
+    return Frame(divided)
 
 
 def _count(run: Sequence[Piece]) -> int:

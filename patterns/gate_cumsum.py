@@ -269,10 +269,9 @@ def replace(site: Site, graph: Graph) -> Node:
         _per_head(graph, site.leaves[name], maps[name], pieces, heads, channels, counts) if name in maps else None
         for name in ("a_log", "bias")
     ]
-    chunks: int | Node = 1
-    if axes.chunk is not None:
-        counted = frame.own(axes.chunk)
-        chunks = shape[axes.chunk] if counted is None else rewrite.known_size(graph, root, counted)
+    chunks = 1 if axes.chunk is None else frame.lengths(own)[axes.chunk]
+    if not isinstance(chunks, int):  # an axis of symbolic size is not divided: it is one of the sums
+        chunks = rewrite.known_size(graph, root, frame.lengths(range(len(own)))[axes.chunk])
     order = frame.strides(sizes.strides(site.replaced))
     memory = sorted((a for a, n in enumerate(shape) if n > 1), key=lambda a: -order[a])
     layout = _layout(axes, memory)
