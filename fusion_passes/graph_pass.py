@@ -276,8 +276,11 @@ def compose(slot: Any, ours: FusionPass) -> Any:
 
 def _bisected_away(fusion: Fusion, anchor: Node) -> Reason:
     """Ask Inductor's bisector, which switches post-grad passes off one by one, whether this site may be rewritten."""
-    name = f"fusion_passes.{fusion.name} at {records.source_of(anchor) or anchor.name}"
-    if CompilerBisector.disable_subsystem("inductor", "post_grad_passes", lambda: name):
+
+    def name() -> str:
+        return f"fusion_passes.{fusion.name} at {records.source_of(anchor) or anchor.name}"
+
+    if CompilerBisector.disable_subsystem("inductor", "post_grad_passes", name):
         return "Inductor's bisector is running and has switched this site off"
     return None
 
