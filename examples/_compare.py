@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,14 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--real", action="store_true", help="the width of the released model, in bfloat16, on a GPU")
     return made
+
+
+def parsed(made: argparse.ArgumentParser, argv: Sequence[str] | None, tokens: int) -> argparse.Namespace:
+    """The arguments, with as many tokens as are given, or by default `tokens`, or 4096 for the released width."""
+    made.add_argument("--tokens", type=int, help=f"default: {tokens}, or 4096 with --real")
+    args = made.parse_args(argv)
+    args.tokens = args.tokens or (4096 if args.real else tokens)
+    return args
 
 
 def place(real: bool) -> tuple[str, torch.dtype]:

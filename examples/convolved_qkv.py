@@ -76,19 +76,17 @@ class GatedDeltaNet(Module):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the example; 0 if the results agree."""
     parser = _compare.parser(__doc__)
-    parser.add_argument("--tokens", type=int, help="default: 64, or 4096 with --real")
     parser.add_argument("--layers", type=int, default=2)
-    args = parser.parse_args(argv)
+    args = _compare.parsed(parser, argv, tokens=64)
 
     device, dtype = _compare.place(args.real)
-    tokens = args.tokens or (4096 if args.real else 64)
     hidden, *heads = (2048, 16, 32) if args.real else (64, 1, 2)
     with torch.device(device):
         torch.manual_seed(0)
         layers = [GatedDeltaNet(hidden, *heads) for _ in range(args.layers)]
         model = Sequential(*layers).to(dtype).requires_grad_(False)
-        x = torch.randn(1, tokens, hidden, dtype=dtype)
-    print(f"{args.layers} layers, {tokens} tokens, {heads[0]} and {heads[1]} heads, {dtype} on {device}")
+        x = torch.randn(1, args.tokens, hidden, dtype=dtype)
+    print(f"{args.layers} layers, {args.tokens} tokens, {heads[0]} and {heads[1]} heads, {dtype} on {device}")
     return 0 if _compare.whole(model, device, {"input": x}) else 1
 
 

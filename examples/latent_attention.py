@@ -87,19 +87,17 @@ class LatentAttention(Module):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the example; 0 if the results agree."""
     parser = _compare.parser(__doc__)
-    parser.add_argument("--tokens", type=int, help="default: 24, or 4096 with --real")
     parser.add_argument("--layers", type=int, default=2)
-    args = parser.parse_args(argv)
+    args = _compare.parsed(parser, argv, tokens=24)
 
     device, dtype = _compare.place(args.real)
-    tokens = args.tokens or (4096 if args.real else 24)
     hidden, *sizes = (7168, 128, 1536, 512) if args.real else (64, 2, 32, 32)
     with torch.device(device):
         torch.manual_seed(0)
         layers = [LatentAttention(hidden, *sizes) for _ in range(args.layers)]
         model = Sequential(*layers).to(dtype).requires_grad_(False)
-        x = torch.randn(tokens, hidden, dtype=dtype)
-    print(f"{args.layers} layers, {tokens} tokens, {sizes[0]} heads, {dtype} on {device}")
+        x = torch.randn(args.tokens, hidden, dtype=dtype)
+    print(f"{args.layers} layers, {args.tokens} tokens, {sizes[0]} heads, {dtype} on {device}")
     return 0 if _compare.whole(model, device, {"input": x}, ALLOWED[dtype]) else 1
 
 

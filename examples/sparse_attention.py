@@ -28,16 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the example; 0 if the results agree."""
     parser = _compare.parser(__doc__)
     parser.add_argument("--model", default="glm_moe_dsa", choices=MODELS)
-    parser.add_argument("--tokens", type=int, help="default: 96, or 4096 with --real")
     parser.add_argument("--layers", type=int, default=1)
-    args = parser.parse_args(argv)
+    args = _compare.parsed(parser, argv, tokens=96)
 
     device, dtype = _compare.place(args.real)
-    tokens = args.tokens or (4096 if args.real else 96)
     model, inputs = hf_models.build(
-        args.model, dtype=dtype, layers=args.layers, seq=tokens, real=args.real, device=device
+        args.model, dtype=dtype, layers=args.layers, seq=args.tokens, real=args.real, device=device
     )
-    print(f"{args.model}, {args.layers} layers, {tokens} tokens, {dtype} on {device}")
+    print(f"{args.model}, {args.layers} layers, {args.tokens} tokens, {dtype} on {device}")
     return 0 if _compare.whole(model, device, inputs, ALLOWED[dtype]) else 1
 
 
