@@ -1,9 +1,10 @@
 """How times are taken: GPU time from CUDA-graph replays over rotated inputs, wall time per call without a graph.
 
 The inputs of a timed call are cold in L2: calls rotate through enough input sets (`ROTATE_BYTES`) that a set is
-evicted before its turn comes again, and each call writes to memory of its own. Callables that are compared take turns,
-so that a clock that drifts drifts for all. Times are medians in microseconds. The floor is the time that the bytes or
-the FLOPs alone would take on the architecture's measured rates.
+evicted before its turn comes again, and each call writes to memory of its own. With `warm_sets` one set is replayed,
+and what fits in L2 stays there, as between the layers of a model. Callables that are compared take turns, so that a
+clock that drifts drifts for all. Times are medians in microseconds. The floor is the time that the bytes or the FLOPs
+alone would take on the architecture's measured rates.
 """
 
 from __future__ import annotations
@@ -104,6 +105,12 @@ def input_sets(case: Case, device: torch.device, seed: int = 0) -> list[tuple[An
     return [case.make(device, generator) for _ in range(count)]
 
 
+def warm_sets(case: Case, device: torch.device, seed: int = 0) -> list[tuple[Any, ...]]:
+    """One argument tuple, as many times as `input_sets` has different ones."""
+    first, *others = input_sets(case, device, seed)
+    return [first] * (1 + len(others))
+
+
 def capture(call: Call, sets: Sequence[tuple[Any, ...]]) -> torch.cuda.CUDAGraph:
     """A CUDA graph of one call per input set, captured after a warm-up on a side stream."""
     side = torch.cuda.Stream()
@@ -115,8 +122,11 @@ def capture(call: Call, sets: Sequence[tuple[Any, ...]]) -> torch.cuda.CUDAGraph
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        # Outputs stay referenced until the capture ends, so that no call writes where an earlier one did.
-        kept = [call(*args) for args in sets]
+        # Outputs stay referenced until the capture ends, so that no call writes where one on another set did.
+        kept: dict[int, Any] = {}
+        for args in sets:
+            kept.pop(id(args), None)
+            kept[id(args)] = call(*args)
     del kept
     return graph
 

@@ -84,14 +84,15 @@ def _plain(
     kind: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, a_log: Tensor, dt_bias: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
     """The functions of Hugging Face models."""
+    # Import statements: Dynamo follows them, and would break the graph at `importlib`.
+    from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
     decay, strength = _gates(q, g, beta, a_log, dt_bias)
-    if kind == "KDA":
-        model = importlib.import_module("transformers.models.kimi_linear.modeling_kimi_linear")
-        function = model.chunk_kimi_delta_attention
-    else:
-        model = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
-        function = model.torch_chunk_gated_delta_rule
-        q, k = (x.repeat_interleave(v.shape[2] // k.shape[2], dim=2) for x in (q, k))
+    repeats = v.shape[2] // k.shape[2]
+    if repeats > 1:
+        q, k = (x.repeat_interleave(repeats, dim=2) for x in (q, k))
+    function = chunk_kimi_delta_attention if kind == "KDA" else torch_chunk_gated_delta_rule
     return function(q, k, v, decay, strength, output_final_state=True, use_qk_l2norm_in_kernel=True)
 
 

@@ -116,7 +116,8 @@ def test_contestants_are_compiled_as_their_names_say(monkeypatch: pytest.MonkeyP
     found, missing = contestants.contestants(case, names, CPU)
     assert list(found) == ["fused", "op", "stock", "combo_kernels", "max_autotune", "eager", "twice"]
     assert missing == {"fla": "not installed: No module named 'peer'"}
-    assert asked["stock"] == {"dynamic": False} and asked["combo_kernels"]["options"] == {"combo_kernels": True}
+    assert asked["stock"] == {"dynamic": False, "fullgraph": True}
+    assert asked["combo_kernels"]["options"] == {"combo_kernels": True}
     assert asked["max_autotune"]["mode"] == "max-autotune-no-cudagraphs"
     assert asked["fused"]["options"] == {"fusion_passes.reference_on_cpu": True}
     assert "options" not in contestants.ours(torch.device("cuda")) and len(set(codes)) == 4

@@ -22,9 +22,10 @@ DESCRIPTION = """\
 Times the cases that the ops declare, or whole Hugging Face models with random weights, beside stock torch.compile.
 
 Cases: GPU time is the median of CUDA-graph replays over rotated inputs that are cold in L2, with outputs of their own;
-wall time is per call without a graph; all contestants take turns. "fused" is the plain PyTorch spelling compiled with
-this backend, "op" the bare op. Next to each time stands the relative error (L2) against float64. The floor is the time
-that the bytes at the GPU's copy rate, or the FLOPs at its matrix rate, would take.
+wall time is per call without a graph; all contestants take turns. With --warm one set of inputs is replayed. "fused"
+is the plain PyTorch spelling compiled with this backend, "op" the bare op. Next to each time stands the relative error
+(L2) against float64. The floor is the time that the bytes at the GPU's copy rate, or the FLOPs at its matrix rate,
+would take.
 """
 
 EPILOG = """\
@@ -62,6 +63,7 @@ def add_parser(commands: Any) -> None:
         metavar="A,B",
         help="of stock, combo_kernels, max_autotune, eager and the peers that cases name, such as fla; default: all",
     )
+    what.add_argument("--warm", action="store_true", help="replay one set of inputs, which stays in L2 where it fits")
     what.add_argument("--list", action="store_true", help="print the cases and models and stop; needs no GPU")
     out = command.add_argument_group("what comes out")
     out.add_argument("--json", type=Path, metavar="FILE", help="write the results")
@@ -92,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     problems: list[str] = []
     if found is None:
-        found = _measure(jobs, args.json)
+        found = _measure(jobs, args)
         problems = verdicts.failures(found.rows)
     _deliver(found, args)
     for problem in problems:
@@ -128,7 +130,8 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     on = arch.of_device(device)
     jobs: list[Job] = []
     for op, case in chosen:
-        jobs.append((f"{op} {case.name}", functools.partial(runner.measure, op, case, baselines, on, device)))
+        measure = functools.partial(runner.measure, op, case, baselines, on, device, warm=args.warm)
+        jobs.append((f"{op} {case.name}", measure))
     for name in args.model:
         for tokens in args.tokens:
             size = models.Size(tokens, args.batch, args.layers)
@@ -145,9 +148,9 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _measure(jobs: Sequence[Job], path: Path | None) -> Results:
+def _measure(jobs: Sequence[Job], args: argparse.Namespace) -> Results:
     """Run the jobs; what is there so far is written after each, so that a run that is cut off leaves its rows."""
-    environment = _environment()
+    environment = {**_environment(), "inputs": "warm" if args.warm else "cold"}
     progress, rows = Progress(len(jobs)), []
     found = results.taken_now((), environment)
     for name, job in jobs:
@@ -155,8 +158,8 @@ def _measure(jobs: Sequence[Job], path: Path | None) -> Results:
             rows.append(job())
         progress.finished(tables.summary(rows[-1]))
         found = dataclasses.replace(found, rows=tuple(rows))
-        if path:
-            found.write(path)
+        if args.json:
+            found.write(args.json)
     return found
 
 

@@ -37,11 +37,15 @@ def compare(old: Results, new: Results, tolerance: float = 0.05) -> Comparison:
             time.
 
     Raises:
-        ValueError: the two were taken on different GPUs, or have no row in common.
+        ValueError: the two were taken on different GPUs, or one with cold inputs and one with warm ones, or they have
+            no row in common.
     """
     gpus = [results.environment.get("gpu", "an unknown GPU") for results in (old, new)]
     if gpus[0] != gpus[1]:
         raise ValueError(f"times of different GPUs do not compare: {gpus[0]} and {gpus[1]}")
+    inputs = [results.environment.get("inputs", "cold") for results in (old, new)]
+    if inputs[0] != inputs[1]:
+        raise ValueError(f"times of {inputs[0]} and of {inputs[1]} inputs do not compare")
     before, after = ({row.name: row for row in results.rows} for results in (old, new))
     common = [name for name in before if name in after]
     if not common:

@@ -74,5 +74,6 @@ def _compiled(name: str, plain: Call, arguments: Mapping[str, Any]) -> Call:
 
     # Dynamo keeps compiled code by code object, and this one is the same for every function made here.
     call.__code__ = call.__code__.replace(co_name=name)
-    compiled: Callable[..., Any] = torch.compile(call, dynamic=False, **arguments)
+    # A graph break would be timed as several graphs.
+    compiled: Callable[..., Any] = torch.compile(call, dynamic=False, fullgraph=True, **arguments)
     return compiled

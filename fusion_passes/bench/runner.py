@@ -26,8 +26,9 @@ def on_gpu(calls: Mapping[str, Call], sets: Sequence[tuple[Any, ...]]) -> dict[s
 
 @torch.no_grad()
 def measure(
-    op: str, case: Case, baselines: Sequence[str], on: arch.Architecture, device: torch.device, clock: Clock = on_gpu
-) -> Row:
+    op: str, case: Case, baselines: Sequence[str], on: arch.Architecture, device: torch.device, clock: Clock = on_gpu,
+    warm: bool = False,
+) -> Row:  # fmt: skip
     """Times and errors of all contestants on one case.
 
     Args:
@@ -37,6 +38,7 @@ def measure(
         on: the architecture whose rates give the floor.
         device: where the arguments live.
         clock: takes the times.
+        warm: replay one set of inputs in place of cold ones.
 
     Returns:
         A row. Contestants that are missing, raise, or are further from float64 than the case's bound have `failed`
@@ -44,7 +46,7 @@ def measure(
     """
     torch._dynamo.reset()
     calls, missing = contestants(case, baselines, device)
-    sets = benchmarking.input_sets(case, device)
+    sets = (benchmarking.warm_sets if warm else benchmarking.input_sets)(case, device)
     exact = benchmarking.exact_result(case, sets[0])
     eager_error, dtype = _scale(case, sets[0], exact)
     bound = case.error_bound(eager_error, dtype)
