@@ -21,7 +21,7 @@ from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
-from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._inductor import ir
 from torch._inductor import lowering as inductor
 from torch._inductor.virtualized import V
@@ -105,10 +105,10 @@ class Launch:
     Attributes:
         kernel: the `triton.jit` function.
         grid: one to three sizes.
-        args: every argument of the kernel by name: `Operand`, `Output`, number or None. constexprs included.
+        args: every argument of the kernel by name: `Operand`, `Output`, number or None. constexprs included. With
+            "PDL" among them and true, the launch is a programmatic dependent one: the kernel may start before the one
+            ahead of it has ended, and waits for it itself.
         num_warps, num_stages: as Triton takes them.
-        pdl: programmatic dependent launch: the kernel may start before the one ahead of it has ended, and waits for it
-            itself. For eager launches alone, since Inductor's launcher of foreign kernels has no such option.
     """
 
     kernel: Any
@@ -116,7 +116,10 @@ class Launch:
     args: dict[str, Any]
     num_warps: int
     num_stages: int = 1
-    pdl: bool = False
+
+    @property
+    def pdl(self) -> bool:
+        return bool(self.args.get("PDL"))
 
     @property
     def outputs(self) -> tuple[Output, ...]:
@@ -358,6 +361,25 @@ def _with_config(kernel: Any, num_warps: int, num_stages: int) -> Any:
     return triton.autotune(configs=[triton.Config({}, num_warps=num_warps, num_stages=num_stages)], key=[])(kernel)
 
 
+class _DependentLaunch(ir.UserDefinedTritonKernel):
+    """A kernel whose launch is programmatic dependent.
+
+    Inductor compiles and launches kernels so whose `triton_meta` asks for it, but writes that for its own ones alone.
+    """
+
+    def codegen(self, wrapper: Any) -> None:
+        define = wrapper.define_kernel
+
+        def dependent(name: str, body: str, *rest: Any, **named: Any) -> None:
+            define(name, body.replace("triton_meta={", "triton_meta={'launch_pdl': True, ", 1), *rest, **named)
+
+        wrapper.define_kernel = dependent
+        try:
+            super().codegen(wrapper)
+        finally:
+            del wrapper.define_kernel
+
+
 def _emit(program: Program, device: torch.device) -> Any:
     """Allocate what the launches write and put them into the graph."""
     tensors: dict[Output, ir.TensorBox] = {}
@@ -366,12 +388,11 @@ def _emit(program: Program, device: torch.device) -> Any:
         tensors[output] = inductor.empty_strided(shape, strides, dtype=output.dtype, device=device)
         tensors[output].realize()
     for launch in program.launches:
-        inductor.lowerings[triton_kernel_wrapper_mutation](
+        (_DependentLaunch if launch.pdl else ir.UserDefinedTritonKernel)(
             kernel_idx=kernel_side_table.add_kernel(_with_config(launch.kernel, launch.num_warps, launch.num_stages)),
-            constant_args_idx=kernel_side_table.add_constant_args({}),
             grid=[tuple(launch.grid) + (1,) * (3 - len(launch.grid))],
             tma_descriptor_metadata={},
-            kwargs=launch.bound(tensors),
+            kernel_args=launch.bound(tensors),
         )
     outputs = [tensors[output] for output in program.outputs]
     return outputs[0] if len(outputs) == 1 else tuple(outputs)

@@ -155,6 +155,7 @@ def plan(
         "q_offset": q.offset, "k_offset": k.offset, "tokens": tokens, "sequences": sequences,
         **_strides("q", q), **_strides("k", k),
         "VARLEN": varlen, "HK": key_heads, "HV": heads, "K": key, "BK": padded, "PRECISION": precision,
+        "PDL": target.arch.pdl,
     }  # fmt: skip
     first: dict[str, Any] = {
         **inputs, "g_ptr": g, "beta_ptr": beta, "a_log_ptr": a_log and a_log.whole(),

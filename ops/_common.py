@@ -42,3 +42,15 @@ def log2_1p_exp(b_z):
 def sigmoid_exp2(b_x):
     """1 / (1 + 2^x): the logistic function of -x / log2(e), for callers that fold log2(e) into a factor."""
     return 1.0 / (1.0 + tl.exp2(b_x))
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """First statement of a kernel: with programmatic dependent launch nothing may be read or written ahead of it.
+
+    The kernel may have been started while launches before it still run. It waits for them, and only then lets the
+    launch behind it start, so that whoever is waited for has itself seen the end of all before.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()

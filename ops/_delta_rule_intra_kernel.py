@@ -26,6 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusion_passes.ops._common import begin
 from fusion_passes.ops._delta_rule_inverse import inverse
 from fusion_passes.ops._delta_rule_prologue import INVERTIBLE, LOG2E, _strength
 
@@ -163,13 +164,14 @@ def delta_rule_intra_per_head_kernel(
     SCALE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     U_WIDTH: tl.constexpr, U_FIRST: tl.constexpr, W_WIDTH: tl.constexpr, W_FIRST: tl.constexpr, COLUMNS: tl.constexpr,
-    SOLVE: tl.constexpr, PRECISION: tl.constexpr,
+    SOLVE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * tiles of 64 tokens * HV,). One decay per value head.
 
     k, q [B, T, HK, K], v [B, T, HV, V], beta [B, T, HV], sums [B, HV, N, C]. u and w are columns U_FIRST and W_FIRST on
     of results [B, HV, N, C, U_WIDTH or W_WIDTH], pairs holds blocks [C, C] of every chunk by strides.
     """
+    begin(PDL)
     tl.static_assert(TILE % C == 0 and C >= 16, "a tile holds whole chunks")
     tl.static_assert(BK >= 64 and BV >= 64, "blocks of fewer channels go wrong on sm_90 with Triton 3.6")
     row, head, first = _locate(chunks, HV, C)
@@ -253,9 +255,10 @@ def delta_rule_intra_per_channel_kernel(
     SCALE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     U_WIDTH: tl.constexpr, U_FIRST: tl.constexpr, W_WIDTH: tl.constexpr, W_FIRST: tl.constexpr, COLUMNS: tl.constexpr,
-    SOLVE: tl.constexpr, PRECISION: tl.constexpr,
+    SOLVE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * tiles of 64 tokens * HV,). A decay per channel: sums are [B, HV, N, C, K], the rest as per head."""
+    begin(PDL)
     tl.static_assert(TILE % C == 0 and C >= 16, "a tile holds whole chunks")
     tl.static_assert(BK >= 64 and BV >= 64, "blocks of fewer channels go wrong on sm_90 with Triton 3.6")
     operand: tl.constexpr = tl.bfloat16 if PRECISION == "bf16" else tl.float32

@@ -94,6 +94,7 @@ def plan(
         "U_WIDTH": value + key if joined else value, "U_FIRST": key if results == "wu" else 0,
         "W_WIDTH": value + key if joined else key, "W_FIRST": value if results == "uw" else 0, "COLUMNS": columns,
         "SOLVE": "tf32" if narrow else exact, "PRECISION": "bf16" if narrow else exact,
+        "PDL": target.arch.pdl,
     }  # fmt: skip
     kernel = kernels.delta_rule_intra_per_channel_kernel if per_channel else kernels.delta_rule_intra_per_head_kernel
     return Program((Launch(kernel, (programs,), args, use["warps"]),), (u, w, pairs))

@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusion_passes.ops._common import log2_1p_exp, log2_1p_exp2, sigmoid_exp2
+from fusion_passes.ops._common import begin, log2_1p_exp, log2_1p_exp2, sigmoid_exp2
 from fusion_passes.ops._delta_rule_inverse import inverse
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -135,13 +135,14 @@ def delta_rule_prologue_per_head_kernel(
     SCALE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, GATE: tl.constexpr, LOWER_BOUND: tl.constexpr,
     SIGMOID: tl.constexpr, BETA_FACTOR: tl.constexpr, VARLEN: tl.constexpr, SEARCH: tl.constexpr,
     HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, A_H: tl.constexpr, BIAS_H: tl.constexpr,
-    SOLVE: tl.constexpr, PRECISION: tl.constexpr,
+    SOLVE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (slots * HV,). One decay per value head.
 
     q, k [B, T, HK, K], g and beta [B, T, HV], a_log and bias [HV]. Writes tiles [slots, HV, 2, 64, 64] (A, Aq) and
     factors [slots, HV, 4, 64] float32: of k S, of q S, of v' on its way into the state, and first the chunk's decay.
     """
+    begin(PDL)
     pid = tl.program_id(0)
     head = pid % HV
     slot = pid // HV
@@ -242,7 +243,7 @@ def delta_rule_prologue_per_channel_kernel(
     SIGMOID: tl.constexpr, BETA_FACTOR: tl.constexpr, VARLEN: tl.constexpr, SEARCH: tl.constexpr,
     HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
     A_H: tl.constexpr, A_K: tl.constexpr, BIAS_H: tl.constexpr, BIAS_K: tl.constexpr,
-    SOLVE: tl.constexpr, PRECISION: tl.constexpr,
+    SOLVE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (slots * HV,). A decay per channel.
 
@@ -250,6 +251,7 @@ def delta_rule_prologue_per_channel_kernel(
     Writes tiles [slots, HV, 2, 64, 64] (A, Aq), rows [slots, HV, 3, 64, BK] (k exp G, scale q exp G,
     k exp(G_last - G), normalised) and decay [slots, HV, BK] float32 (exp G_last).
     """
+    begin(PDL)
     operand: tl.constexpr = tiles_ptr.dtype.element_ty
     # 11 bits of a log decay are enough where its exponential is rounded to 8.
     log_decay: tl.constexpr = tl.float16 if operand == tl.bfloat16 else tl.float32

@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusion_passes.ops._common import begin
 from fusion_passes.ops._delta_rule_prologue import CHUNK
 
 
@@ -135,7 +136,7 @@ def delta_rule_scan_kernel(
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
     PER_CHANNEL: tl.constexpr, VARLEN: tl.constexpr, SUMMARY: tl.constexpr, SEGMENTS: tl.constexpr,
     HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (column blocks * HV * SEGMENTS * sequences,), column blocks innermost.
 
@@ -143,6 +144,7 @@ def delta_rule_scan_kernel(
     are those of v and then BK of the identity, and the results adds [sequences, HV, SEGMENTS, BK, V] and
     maps [sequences, HV, SEGMENTS, BK, BK], float32.
     """
+    begin(PDL)
     tl.static_assert(V % BV == 0, "BV must divide V")
     tl.static_assert(not SUMMARY or BK % BV == 0, "BV must divide BK")
     operand: tl.constexpr = tiles_ptr.dtype.element_ty

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusion_passes.ops._common import log2_1p_exp2, sigmoid_exp2
+from fusion_passes.ops._common import begin, log2_1p_exp2, sigmoid_exp2
 
 
 @triton.jit
@@ -219,6 +219,7 @@ def gate_cumsum_kernel(
     RAW_B: tl.constexpr, RAW_T: tl.constexpr, RAW_G: tl.constexpr, RAW_R: tl.constexpr, RAW_K: tl.constexpr,
     OUT_B: tl.constexpr, OUT_N: tl.constexpr, OUT_C: tl.constexpr, OUT_H: tl.constexpr, OUT_K: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, SERIAL: tl.constexpr, SEARCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (lane blocks x chunks x batch,).
 
@@ -228,6 +229,7 @@ def gate_cumsum_kernel(
     VARLEN, B and N are 1 and `chunks` counts slots: `out_stride_c` then steps through all tokens. A stride comes either
     compiled in (RAW_B and so on) or, where that is -1, as a run-time argument.
     """
+    begin(PDL)
     tl.static_assert(CHUNK % ROWS == 0, "ROWS must divide CHUNK")
     H: tl.constexpr = G * R
     lanes_in_all: tl.constexpr = K if K > 1 else H

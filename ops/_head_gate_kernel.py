@@ -17,6 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusion_passes.ops._common import begin
+
 # "headgate"
 TOKEN = tl.constexpr(0x6865616467617465)
 
@@ -119,7 +121,7 @@ def head_gate_kernel(
     H: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr, ROUND_TO: tl.constexpr,
     BATCHED: tl.constexpr, HEAD_FIRST: tl.constexpr,
     FORM: tl.constexpr, PRECISION: tl.constexpr, MOST_SPLITS: tl.constexpr, SLOTS: tl.constexpr,
-    ROWS: tl.constexpr, HEADS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[r, h] = round(sum of x[r, k] * w[h, k]) * SCALE * q[r, h]; grid (tiles, splits of the depth).
 
@@ -127,6 +129,7 @@ def head_gate_kernel(
     stride between tokens is a run-time argument. part_ptr float32 [tiles * splits, HEADS, ROWS] and flag_ptr int64
     [tiles * splits] are scratch memory, with any content.
     """
+    begin(PDL)
     tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     blocks: tl.constexpr = (H + HEADS - 1) // HEADS
     o_head = tile % blocks * HEADS + tl.arange(0, HEADS)
@@ -178,9 +181,10 @@ def head_gate_row_kernel(
     X_T: tl.constexpr, X_K: tl.constexpr, W_H: tl.constexpr, W_K: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr, ROUND_TO: tl.constexpr,
     BATCHED: tl.constexpr, HEAD_FIRST: tl.constexpr,
-    DEPTH: tl.constexpr,
+    DEPTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The same for a handful of rows, in float32 arithmetic: one program for each element of out, grid (rows * H,)."""
+    begin(PDL)
     head, row = tl.program_id(0) % H, tl.program_id(0) // H
     o_depth = tl.arange(0, DEPTH)
     stride_t = x_stride_t if X_T == -1 else X_T

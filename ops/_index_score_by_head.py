@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusion_passes.ops._common import begin
 from fusion_passes.ops._index_score_kernel import _hide, _live_rows, _relu, _scaled_keys
 
 
@@ -53,11 +54,13 @@ def index_score_by_head_kernel(
     MASK_T: tl.constexpr, OUT_T: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     SCALE: tl.constexpr, FILL: tl.constexpr, INFINITE: tl.constexpr, MASK: tl.constexpr, KEEP_NAN: tl.constexpr,
     SCALE_AFTER: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, ROWS_IN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of KEYS keys * chunks of ROWS queries * batch,), blocks of keys innermost, last chunks first.
 
     Arguments as of `index_score_kernel`. ROWS_IN: the number of queries is a multiple of ROWS.
     """
+    begin(PDL)
     fill: tl.constexpr = FILL * float("inf") if INFINITE else FILL
     blocks = tl.cdiv(keys, KEYS)
     chunks = tl.cdiv(queries, ROWS)

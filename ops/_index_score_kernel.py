@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusion_passes.ops._common import begin
+
 # What the mask is: none, True where a key is seen, True where it is hidden, a summand, keys up to s + causal_offset.
 NO_MASK = tl.constexpr(0)
 KEEP = tl.constexpr(1)
@@ -137,6 +139,7 @@ def index_score_kernel(
     H: tl.constexpr, BH: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     SCALE: tl.constexpr, FILL: tl.constexpr, INFINITE: tl.constexpr, MASK: tl.constexpr, KEEP_NAN: tl.constexpr,
     SCALE_AFTER: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of KEYS keys * chunks of ROWS queries * batch,), blocks of keys innermost.
 
@@ -146,6 +149,7 @@ def index_score_kernel(
     where INFINITE an infinity of its sign, which generated code has no name for. The chunks come last ones first:
     later queries see more keys.
     """
+    begin(PDL)
     columns: tl.constexpr = STEP * BH
     fill: tl.constexpr = FILL * float("inf") if INFINITE else FILL
     blocks = tl.cdiv(keys, KEYS)

@@ -186,6 +186,7 @@ def plan(
         "D": width, "BD": _depth(width, q.dtype.itemsize),
         "SCALE": scale, **_fill(fill), "MASK": MASKS.index(mask_kind), "KEEP_NAN": keep_nan, "SCALE_AFTER": scale_after,
         "PRECISION": precision, "KEYS": use["keys"], "ROWS": use["queries"],
+        "PDL": target.arch.pdl,
     }  # fmt: skip
     if use["columns"]:
         kernel = index_score_kernel

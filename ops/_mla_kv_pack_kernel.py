@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusion_passes.ops._common import begin
+
 
 @triton.jit
 def _load_columns(p_row, b_mask, WIDTH: tl.constexpr):
@@ -104,9 +106,7 @@ def mla_kv_pack_kernel(
     compiled in (NOPE_T and so on) or, where that is -1, as a run-time argument. K [B, T, H, NOPE + PE] and V are
     contiguous, with HEAD_MAJOR as [B, H, T, .]. V = 0: there is no V. BATCHED: there may be more than one batch.
     """
-    if PDL:
-        # Before this nothing may be read or written: the launch before this one may still be running.
-        tl.extra.cuda.gdc_wait()
+    begin(PDL)
     if FLAT:
         o_pair = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
         o_bt = (o_pair // H).to(tl.int64)
@@ -137,8 +137,6 @@ def mla_kv_pack_kernel(
         v = _load_columns(p_v, b_mask, V)
     b_k_scale = _scale(k_scale_ptr)
     b_v_scale = _scale(v_scale_ptr)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
 
     o_token_major = o_bt * H + o_h
     o_head_major = (o_b * H + o_h) * tokens + o_t

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusion_passes.ops._common import begin
+
 # Windows of one launch; an op with more takes several launches.
 MOST_WINDOWS = 6
 
@@ -98,7 +100,7 @@ def qkv_split_kernel(
     REPEATS0: tl.constexpr, REPEATS1: tl.constexpr, REPEATS2: tl.constexpr,
     REPEATS3: tl.constexpr, REPEATS4: tl.constexpr, REPEATS5: tl.constexpr,
     START: tl.constexpr, HEAD_MAJOR: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, TRANSPOSED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of the columns x tiles of the tokens x batch,), tiles of the columns innermost.
 
@@ -107,6 +109,7 @@ def qkv_split_kernel(
     tokens come either compiled in, X_T and so on, or, where that is -1, as a run-time argument. VECTOR elements are
     16 bytes.
     """
+    begin(PDL)
     START1: tl.constexpr = START + HEADS0 * DIM0
     START2: tl.constexpr = START1 + HEADS1 * DIM1
     START3: tl.constexpr = START2 + HEADS2 * DIM2

@@ -5,15 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusion_passes.ops._common import begin
+
 
 @triton.jit
 def rotate_pairs_kernel(
     x_ptr, cos_ptr, sin_ptr, x_offset, cos_offset, sin_offset, rows, size_b, size_c, x_a, x_b, x_c,
     cos_a, cos_b, cos_c, sin_a, sin_b, sin_c, N: tl.constexpr, X_PAIR: tl.constexpr, X_LANE: tl.constexpr,
     COS_PAIR: tl.constexpr, COS_LANE: tl.constexpr, SIN_PAIR: tl.constexpr, SIN_LANE: tl.constexpr,
-    INVERSE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    INVERSE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of ROWS rows,); a row is N pairs. Strides and offsets count elements; LANES >= N."""
+    begin(PDL)
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_lane = tl.arange(0, LANES)
     c = (o_row % size_c).to(tl.int64)

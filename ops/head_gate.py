@@ -208,7 +208,7 @@ def plan(
         "x_offset": x.offset, "rows": rows, "tokens": tokens, **_strides(target, x, q_scale),
         "W_H": strides[1], "W_K": strides[2], "H": heads, "K": depth, "SCALE": scale,
         "ROUND_TO": dtype_name(product_dtype), "BATCHED": static(batch) != 1,
-        "HEAD_FIRST": head_first, "DEPTH": use["depth"],
+        "HEAD_FIRST": head_first, "DEPTH": use["depth"], "PDL": target.arch.pdl,
     }  # fmt: skip
     if not use["tensor"]:
         return Launch(head_gate_row_kernel, (rows * heads,), args, use["warps"])

@@ -22,7 +22,7 @@ Launch parameters:
     rows: heads of one token, or with `flat` pairs of token and head, of a program.
     warps: warps of a program.
     flat: 1 for programs that take pairs of token and head in order, 0 for programs that take heads of one token.
-    pdl: 1 for programmatic dependent launch, on GPUs that have it and where the op is called by itself.
+    pdl: 1 for programmatic dependent launch, on GPUs that have it.
 
 Shape classes, by tokens times heads:
     pack: all.
@@ -190,7 +190,6 @@ def plan(
     flat = bool(use["flat"])
     rows = batch * tokens
     grid = (cdiv(rows * heads, use["rows"]),) if flat else (rows, cdiv(heads, use["rows"]))
-    pdl = bool(use["pdl"]) and target.arch.pdl and not target.inlined
     args: dict[str, Any] = {
         "nope_ptr": k_nope, "pe_ptr": k_pe, "v_ptr": v,
         "k_scale_ptr": k_scale and k_scale.whole(), "v_scale_ptr": v_scale and v_scale.whole(),
@@ -203,9 +202,9 @@ def plan(
         "H": heads, "NOPE": nope, "PE": pe, "V": width,
         "PE_FIRST": pe_first, "K_HEAD_MAJOR": k_layout == "bhtd", "V_HEAD_MAJOR": v_layout == "bhtd",
         **_forms(k_steps, "K"), **_forms(v_steps, "V"),
-        "ROWS": use["rows"], "FLAT": flat, "BATCHED": static(batch) != 1, "PDL": pdl,
+        "ROWS": use["rows"], "FLAT": flat, "BATCHED": static(batch) != 1, "PDL": bool(use["pdl"]) and target.arch.pdl,
     }  # fmt: skip
-    return Launch(mla_kv_pack_kernel, grid, args, use["warps"], pdl=pdl)
+    return Launch(mla_kv_pack_kernel, grid, args, use["warps"])
 
 
 def key_plan(

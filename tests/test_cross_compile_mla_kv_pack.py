@@ -91,14 +91,6 @@ def test_one_rounding_per_pair_of_columns(tmp_path: Path) -> None:
     assert sum(binary.instructions.values()) <= 300
 
 
-def test_dependent_launch_waits_before_it_touches_memory(tmp_path: Path) -> None:
-    launch = launch_of("sm_90", 8, 16, inlined=False)
-    assert launch.pdl and launch.args["PDL"]
-    binary = sass.compile_launch(launch, "sm_90", tmp_path)
-    assert binary.count("ACQBULK") == 1
-    plain = sass.compile_launch(launch_of("sm_90", 8, 16), "sm_90", tmp_path)
-    assert plain.count("ACQBULK") == 0
-
 
 def test_uncast_keys_are_copied_without_arithmetic(tmp_path: Path) -> None:
     for arch in ("sm_80", "sm_90"):

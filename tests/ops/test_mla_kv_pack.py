@@ -191,11 +191,10 @@ def test_the_grid_follows_the_size() -> None:
     assert grid(7)[0] == 7
 
 
-def test_dependent_launch_is_for_eager_calls_on_gpus_that_have_it() -> None:
-    args = draw(1, 3, 4).positional()
-    for name, inlined, wanted in (("sm_90", False, True), ("sm_90", True, False), ("sm_89", False, False)):
-        launch = plan(Target(arch.by_name(name), int, inlined), *map(_operand, args))
-        assert launch.pdl == launch.args["PDL"] == wanted
+def test_dependent_launch_is_for_gpus_that_have_it_and_sizes_that_gain() -> None:
+    few, many = (tuple(map(_operand, draw(1, tokens, 4).positional())) for tokens in (3, 20000))
+    for name, args, wanted in (("sm_90", few, True), ("sm_90", many, False), ("sm_89", few, False)):
+        assert plan(Target(arch.by_name(name), int), *args).pdl == wanted
 
 
 @pytest.mark.parametrize("name", ["sm_80", "gfx942"])

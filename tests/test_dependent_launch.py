@@ -1,0 +1,79 @@
+"""Programmatic dependent launch: every kernel waits before it touches memory, and Inductor's launches ask for it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import pkgutil
+import textwrap
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fusion_passes import ops
+from fusion_passes.arch import TABLE, by_name
+from fusion_passes.lowering import Launch, Target, _operand
+from fusion_passes.ops.gate_cumsum import plan
+from tests.support import fake_cuda, sass
+
+OP = torch.ops.fusion_passes.gate_cumsum.default
+CONSTANTS = (2, 64, None, 1.0, 1.0, 20.0, False, "bnchk", None, None)
+
+
+def kernels() -> list[Any]:
+    """Every kernel of the package's ops, by its name."""
+    modules = [import_module(f"{ops.__name__}.{info.name}") for info in pkgutil.iter_modules(ops.__path__)]
+    found = (value for module in modules for name, value in vars(module).items() if name.endswith("_kernel"))
+    return sorted({kernel for kernel in found if hasattr(kernel, "arg_names")}, key=lambda kernel: kernel.__name__)
+
+
+def launch_on(arch: str, inlined: bool = True) -> Launch:
+    raw, a_log = torch.empty(1, 128, 1, 4, 64, dtype=torch.bfloat16), torch.empty(1, 4, 64)
+    launch = plan(Target(by_name(arch), int, inlined), *map(_operand, (raw, a_log, None, *CONSTANTS)))
+    assert isinstance(launch, Launch)
+    return launch
+
+
+def test_all_kernels_are_looked_at() -> None:
+    assert len(kernels()) >= 12
+
+
+@pytest.mark.parametrize("kernel", kernels(), ids=lambda kernel: kernel.__name__)
+def test_kernels_begin_by_waiting(kernel: Any) -> None:
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn))).body
+    assert isinstance(definition, ast.FunctionDef)
+    documented, first, *_ = definition.body
+    assert ast.get_docstring(definition) and isinstance(documented, ast.Expr)
+    assert ast.unparse(first) == "begin(PDL)"
+
+
+def test_waiting_comes_before_any_access_to_memory(tmp_path: Path) -> None:
+    pytest.importorskip("triton.backends.nvidia")
+    launch = launch_on("sm_90")
+    binary = sass.compile_launch(launch, "sm_90", tmp_path)
+    assert launch.pdl and binary.count("ACQBULK") == 1 and binary.count("PREEXIT") == 1
+    # Opcodes stand in the order in which they first appear.
+    order = [name.partition(".")[0] for name in binary.instructions]
+    assert order.index("ACQBULK") < min(order.index(access) for access in ("LDG", "STG"))
+
+
+@pytest.mark.parametrize("arch", sorted(TABLE))
+@pytest.mark.parametrize("inlined", [False, True])
+def test_only_gpus_that_have_it(arch: str, inlined: bool) -> None:
+    assert launch_on(arch, inlined).pdl == (arch in ("sm_90", "sm_100"))
+
+
+def test_inductor_compiles_the_launch_for_it() -> None:
+    fake_cuda.require()
+
+    def layer(raw: torch.Tensor, a_log: torch.Tensor) -> torch.Tensor:
+        return OP(raw, a_log, None, *CONSTANTS).exp()
+
+    raw, a_log = torch.empty(1, 128, 1, 4, 64, dtype=torch.bfloat16), torch.empty(1, 4, 64)
+    ours, stock = fake_cuda.wrapper_code(layer, [raw, a_log]).split("def gate_cumsum_kernel(")
+    # Inductor's own kernels, defined after ours, are launched as ever.
+    assert ours.count("'launch_pdl': True") == 1 and "'launch_pdl': True" not in stock
+    assert "gdc_wait()" in ours + stock and "triton_" in stock
