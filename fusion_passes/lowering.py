@@ -365,7 +365,12 @@ class _DependentLaunch(ir.UserDefinedTritonKernel):
     """A kernel whose launch is programmatic dependent.
 
     Inductor compiles and launches kernels so whose `triton_meta` asks for it, but writes that for its own ones alone.
+    Its analysis of what a kernel writes gives up at an instruction that waits, so it is shown the kernel without one.
     """
+
+    def __init__(self, *, kernel_args: dict[str, Any], **rest: Any) -> None:
+        super().__init__(kernel_args={**kernel_args, "PDL": False}, **rest)
+        self.kwargs["PDL"] = True
 
     def codegen(self, wrapper: Any) -> None:
         define = wrapper.define_kernel

@@ -66,14 +66,16 @@ def test_only_gpus_that_have_it(arch: str, inlined: bool) -> None:
     assert launch_on(arch, inlined).pdl == (arch in ("sm_90", "sm_100"))
 
 
-def test_inductor_compiles_the_launch_for_it() -> None:
+def test_inductor_compiles_the_launch_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cuda.require()
 
     def layer(raw: torch.Tensor, a_log: torch.Tensor) -> torch.Tensor:
         return OP(raw, a_log, None, *CONSTANTS).exp()
 
     raw, a_log = torch.empty(1, 128, 1, 4, 64, dtype=torch.bfloat16), torch.empty(1, 4, 64)
+    written = fake_cuda.written_arguments(monkeypatch)
     ours, stock = fake_cuda.wrapper_code(layer, [raw, a_log]).split("def gate_cumsum_kernel(")
+    assert written == [["out_ptr"]]
     # Inductor's own kernels, defined after ours, are launched as ever.
-    assert ours.count("'launch_pdl': True") == 1 and "'launch_pdl': True" not in stock
+    assert ours.count("'launch_pdl': True") == ours.count("'PDL': True") == 1 and "'launch_pdl': True" not in stock
     assert "gdc_wait()" in ours + stock and "triton_" in stock
