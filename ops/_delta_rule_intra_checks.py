@@ -14,6 +14,8 @@ CHUNKS = (16, 32, 64)
 # How u and w are returned: apart, or side by side in one tensor in either order.
 RESULTS = ("u,w", "uw", "wu")
 MOST_CHANNELS = 256
+# The rows of 64 tokens are addressed by 32-bit offsets from the first of them.
+MOST_STRIDE = (1 << 25) - 1
 
 
 def check_arguments(
@@ -64,6 +66,14 @@ def _check_rows(k: Tensor, v: Tensor, beta: Tensor, q: Tensor | None) -> None:
     for name, row in (("k", k), ("v", v), ("q", q)):
         if row is not None and known_different(row.stride(-1), 1):
             raise ValueError(f"{name} must have stride 1 along its last axis, got strides {list(row.stride())}")
+    for name, row in (("k", k), ("v", v), ("q", q), ("beta", beta)):
+        _check_stride(name, row, 1)
+
+
+def _check_stride(name: str, t: Tensor | None, axis: int) -> None:
+    stride = 0 if t is None else t.stride(axis)
+    if isinstance(stride, int) and stride > MOST_STRIDE:
+        raise ValueError(f"{name} must have a stride of at most {MOST_STRIDE} along axis {axis}, got {stride}")
 
 
 def _check_sums(k: Tensor, v: Tensor, sums: Tensor) -> None:
@@ -78,3 +88,5 @@ def _check_sums(k: Tensor, v: Tensor, sums: Tensor) -> None:
         raise ValueError(f"sums must have chunks for all {k.shape[1]} tokens, got {chunks} of {length}")
     if sums.dim() == 5 and known_different(sums.stride(-1), 1):
         raise ValueError(f"sums must have stride 1 along its last axis, got strides {list(sums.stride())}")
+    for axis in (2, 3):
+        _check_stride("sums", sums, axis)

@@ -38,7 +38,11 @@ LOWEST = tl.constexpr(-1e30)
 
 @triton.jit
 def _locate(chunks, HV: tl.constexpr, C: tl.constexpr):
-    """(batch row, head, place of the first token of its tile in the padded sequence) of this program."""
+    """(batch row, head, place of the first token of its tile in the padded sequence) of this program.
+
+    Tiles are addressed by a pointer to their first token and 32-bit offsets from there: 64-bit offsets of every row
+    would fill the registers.
+    """
     pid = tl.program_id(0)
     slot = pid // HV
     tiles = tl.cdiv(chunks, TILE // C)
@@ -86,12 +90,21 @@ def _raw_product(b_x, b_y, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(p_x, o_t, o_d, b_token, stride_t, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Channels `o_d` of rows `o_t` [64, BLOCK], zero behind the last token and the last channel."""
+def _load_again(p_x, o_x, m_x):
+    """Numbers [64] that were loaded before, in float32, by what is another load to the compiler.
+
+    One number per column of a tile takes 16 registers of every thread: too many to be kept through the inversion.
+    """
+    return tl.load(p_x + o_x, mask=m_x, other=0.0, cache_modifier=".ca").to(tl.float32)
+
+
+@triton.jit
+def _load_rows(p_x, o_i, o_d, b_token, stride_t, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Channels `o_d` of rows `o_i` [64, BLOCK], zero behind the last token and the last channel."""
     m_x = b_token[:, None]
     if WIDTH % BLOCK != 0:
         m_x = m_x & (o_d < WIDTH)[None, :]
-    return tl.load(p_x + o_t[:, None] * stride_t + o_d[None, :], mask=m_x, other=0.0)
+    return tl.load(p_x + (o_i[:, None] * stride_t + o_d[None, :]), mask=m_x, other=0.0)
 
 
 @triton.jit
@@ -103,7 +116,7 @@ def _diagonal(b_x):
 
 @triton.jit
 def _store_rows(
-    p_out, b_rows, o_t, o_d, valid, D: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+    p_out, b_rows, o_i, o_d, b_valid, D: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Channels `o_d` of u or w, of which there are D, into columns FIRST on of a result [N, C, WIDTH].
@@ -112,46 +125,46 @@ def _store_rows(
     """
     o_column = FIRST + o_d
     if COLUMNS:
-        o_row = (o_t // C) * (C * WIDTH) + o_t % C
+        o_row = (o_i // C) * (C * WIDTH) + o_i % C
         o_out = o_row[:, None] + o_column[None, :] * C
     else:
-        o_out = o_t[:, None] * WIDTH + o_column[None, :]
-    m_out = (o_t < valid)[:, None]
+        o_out = o_i[:, None] * WIDTH + o_column[None, :]
+    m_out = b_valid[:, None]
     if D % BLOCK != 0:
         m_out = m_out & (o_d < D)[None, :]
     tl.store(p_out + o_out, b_rows.to(p_out.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
-def _store_pairs(p_out, b_pairs, o_t, valid, stride_n, C: tl.constexpr):
+def _store_pairs(p_out, b_pairs, b_valid, stride_n, C: tl.constexpr):
     """The chunks' own blocks of pairs [64, 64], zero above the diagonal, into blocks [C, C] of a result."""
     o_i = tl.arange(0, TILE)
-    b_own = (o_i[:, None] // C == o_i[None, :] // C) & (o_t < valid)[:, None]
+    b_own = (o_i[:, None] // C == o_i[None, :] // C) & b_valid[:, None]
     b_pairs = tl.where(o_i[:, None] >= o_i[None, :], b_pairs, 0.0)
-    o_out = ((o_t // C) * stride_n + (o_t % C) * C)[:, None] + (o_i % C)[None, :]
+    o_out = ((o_i // C) * stride_n + (o_i % C) * C)[:, None] + (o_i % C)[None, :]
     tl.store(p_out + o_out, b_pairs.to(p_out.dtype.element_ty), mask=b_own)
 
 
 @triton.jit
 def _solved(b_kk, b_beta, C: tl.constexpr, SOLVE: tl.constexpr):
-    """(I + L)^-1 diag(beta) [64, 64] from sum_k k_i k_j exp(G_i - G_j)."""
+    """(I + L)^-1 [64, 64] from sum_k k_i k_j exp(G_i - G_j)."""
     o_i = tl.arange(0, TILE)
     b_below = (o_i[:, None] > o_i[None, :]) & (o_i[:, None] // C == o_i[None, :] // C)
-    return inverse(tl.where(b_below, b_kk * b_beta[:, None], 0.0), SOLVE) * b_beta[None, :]
+    return inverse(tl.where(b_below, b_kk * b_beta[:, None], 0.0), SOLVE)
 
 
 @triton.jit
 def _store_values(
-    p_v, p_u, b_x, o_t, b_token, valid, v_stride_t,
+    p_v, p_u, b_x, o_i, b_token, b_valid, v_stride_t,
     V: tl.constexpr, BV: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
     C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """u = X beta v, BV columns at a time."""
     for start in tl.static_range(0, V, BV):
         o_v = start + tl.arange(0, BV)
-        b_v = _load_rows(p_v, o_t, o_v, b_token, v_stride_t, V, BV)
+        b_v = _load_rows(p_v, o_i, o_v, b_token, v_stride_t, V, BV)
         b_u = _product(b_x, b_v, PRECISION, True)
-        _store_rows(p_u, b_u, o_t, o_v, valid, V, BV, FIRST, WIDTH, COLUMNS, C)
+        _store_rows(p_u, b_u, o_i, o_v, b_valid, V, BV, FIRST, WIDTH, COLUMNS, C)
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
@@ -176,26 +189,25 @@ def delta_rule_intra_per_head_kernel(
     tl.static_assert(BK >= 64 and BV >= 64, "blocks of fewer channels go wrong on sm_90 with Triton 3.6")
     row, head, first = _locate(chunks, HV, C)
     o_i = tl.arange(0, TILE)
-    o_t = first + o_i
-    valid = chunks * C
-    b_token = o_t < tokens
-    p_sums = sums_ptr + sums_offset + row * sums_stride_b + head * sums_stride_h
-    b_sums = tl.load(p_sums + (o_t // C) * sums_stride_n + (o_t % C) * sums_stride_c, mask=o_t < valid, other=0.0)
-    b_sums = _finite(b_sums)
-    o_beta = beta_offset + row * beta_stride_b + o_t * beta_stride_t + head * beta_stride_h
-    b_beta = _strength(beta_ptr, o_beta, b_token, False, 1.0)
+    b_valid = o_i < chunks * C - first
+    b_token = o_i < tokens - first
+    p_sums = sums_ptr + sums_offset + row * sums_stride_b + head * sums_stride_h + (first // C) * sums_stride_n
+    o_sums = (o_i // C) * sums_stride_n + (o_i % C) * sums_stride_c
+    b_sums = _finite(tl.load(p_sums + o_sums, mask=b_valid, other=0.0))
+    p_beta = beta_ptr + beta_offset + row * beta_stride_b + first * beta_stride_t + head * beta_stride_h
+    b_beta = _strength(p_beta, o_i * beta_stride_t, b_token, False, 1.0)
     key_head = head // (HV // HK)
-    p_k = k_ptr + k_offset + row * k_stride_b + key_head * k_stride_h
+    p_k = k_ptr + k_offset + row * k_stride_b + first * k_stride_t + key_head * k_stride_h
     b_kk = tl.zeros([TILE, TILE], tl.float32)
     b_qk = tl.zeros([TILE, TILE], tl.float32)
     b_qq = tl.zeros([TILE], tl.float32)
     for start in tl.static_range(0, K, BK):
         o_k = start + tl.arange(0, BK)
-        b_k = _load_rows(p_k, o_t, o_k, b_token, k_stride_t, K, BK)
+        b_k = _load_rows(p_k, o_i, o_k, b_token, k_stride_t, K, BK)
         b_kk += _raw_product(b_k, tl.trans(b_k), PRECISION)
         if pairs_ptr is not None:
-            p_q = q_ptr + q_offset + row * q_stride_b + key_head * q_stride_h
-            b_q = _load_rows(p_q, o_t, o_k, b_token, q_stride_t, K, BK)
+            p_q = q_ptr + q_offset + row * q_stride_b + first * q_stride_t + key_head * q_stride_h
+            b_q = _load_rows(p_q, o_i, o_k, b_token, q_stride_t, K, BK)
             b_qk += _raw_product(b_q, tl.trans(b_k), PRECISION)
             b_wide = b_q.to(tl.float32)
             b_qq += tl.sum(b_wide * b_wide, axis=1)
@@ -208,34 +220,36 @@ def delta_rule_intra_per_head_kernel(
     b_between = _decay(tl.where(b_lower, b_sums[:, None] - b_sums[None, :], 0.0)) * b_rk[None, :]
     head_row = row * HV + head
     if pairs_ptr is not None:
-        p_pairs = pairs_ptr + head_row * pairs_stride_h
-        _store_pairs(p_pairs, b_qk * b_between * b_rq[:, None], o_t, valid, pairs_stride_n, C)
+        p_pairs = pairs_ptr + head_row * pairs_stride_h + (first // C) * pairs_stride_n
+        _store_pairs(p_pairs, b_qk * b_between * b_rq[:, None], b_valid, pairs_stride_n, C)
     b_x = _solved(b_kk * b_between * b_rk[:, None], b_beta, C, SOLVE)
-    p_v = v_ptr + v_offset + row * v_stride_b + head * v_stride_h
-    p_u = u_ptr + head_row * valid * U_WIDTH
-    _store_values(p_v, p_u, b_x, o_t, b_token, valid, v_stride_t, V, BV, U_WIDTH, U_FIRST, COLUMNS, C, PRECISION)
+    b_x *= _load_again(p_beta, o_i * beta_stride_t, b_token)[None, :]
+    p_v = v_ptr + v_offset + row * v_stride_b + first * v_stride_t + head * v_stride_h
+    out_row = head_row * (chunks * C) + first
+    p_u = u_ptr + out_row * U_WIDTH
+    _store_values(p_v, p_u, b_x, o_i, b_token, b_valid, v_stride_t, V, BV, U_WIDTH, U_FIRST, COLUMNS, C, PRECISION)
     if w_ptr is None:
-        p_w = u_ptr + head_row * valid * W_WIDTH
+        p_w = u_ptr + out_row * W_WIDTH
     else:
-        p_w = w_ptr + head_row * valid * W_WIDTH
-    b_x *= (_decay(b_sums) * b_rk)[None, :]
+        p_w = w_ptr + out_row * W_WIDTH
+    b_x *= (_decay(_finite(_load_again(p_sums, o_sums, b_valid))) * b_rk)[None, :]
     for start in tl.static_range(0, K, BK):
         o_k = start + tl.arange(0, BK)
-        b_k = _load_rows(p_k, o_t, o_k, b_token, k_stride_t, K, BK)
+        b_k = _load_rows(p_k, o_i, o_k, b_token, k_stride_t, K, BK)
         b_w = _product(b_x, b_k, PRECISION, True)
-        _store_rows(p_w, b_w, o_t, o_k, valid, K, BK, W_FIRST, W_WIDTH, COLUMNS, C)
+        _store_rows(p_w, b_w, o_i, o_k, b_valid, K, BK, W_FIRST, W_WIDTH, COLUMNS, C)
 
 
 @triton.jit
 def _load_sums(
-    p_sums, o_t, o_k, valid, sums_stride_n, sums_stride_c, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr
+    p_sums, o_i, o_k, b_valid, sums_stride_n, sums_stride_c, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr
 ):
-    """Sums [rows of o_t, channels of o_k], zero behind the last chunk and the last channel."""
-    m_sums = (o_t < valid)[:, None]
+    """Sums [rows o_i, channels o_k], zero behind the last chunk and the last channel."""
+    m_sums = b_valid[:, None]
     if K % BK != 0:
         m_sums = m_sums & (o_k < K)[None, :]
-    o_row = (o_t // C) * sums_stride_n + (o_t % C) * sums_stride_c
-    b_sums = tl.load(p_sums + o_row[:, None] + o_k[None, :], mask=m_sums, other=0.0)
+    o_row = (o_i // C) * sums_stride_n + (o_i % C) * sums_stride_c
+    b_sums = tl.load(p_sums + (o_row[:, None] + o_k[None, :]), mask=m_sums, other=0.0)
     return _finite(b_sums)
 
 
@@ -264,17 +278,16 @@ def delta_rule_intra_per_channel_kernel(
     operand: tl.constexpr = tl.bfloat16 if PRECISION == "bf16" else tl.float32
     row, head, first = _locate(chunks, HV, C)
     o_i = tl.arange(0, TILE)
-    o_t = first + o_i
-    valid = chunks * C
-    b_token = o_t < tokens
-    o_beta = beta_offset + row * beta_stride_b + o_t * beta_stride_t + head * beta_stride_h
-    b_beta = _strength(beta_ptr, o_beta, b_token, False, 1.0)
+    b_valid = o_i < chunks * C - first
+    b_token = o_i < tokens - first
+    p_beta = beta_ptr + beta_offset + row * beta_stride_b + first * beta_stride_t + head * beta_stride_h
+    b_beta = _strength(p_beta, o_i * beta_stride_t, b_token, False, 1.0)
     key_head = head // (HV // HK)
-    p_k = k_ptr + k_offset + row * k_stride_b + key_head * k_stride_h
-    p_sums = sums_ptr + sums_offset + row * sums_stride_b + head * sums_stride_h
+    p_k = k_ptr + k_offset + row * k_stride_b + first * k_stride_t + key_head * k_stride_h
+    p_sums = sums_ptr + sums_offset + row * sums_stride_b + head * sums_stride_h + (first // C) * sums_stride_n
     p_q = p_k
     if pairs_ptr is not None:
-        p_q = q_ptr + q_offset + row * q_stride_b + key_head * q_stride_h
+        p_q = q_ptr + q_offset + row * q_stride_b + first * q_stride_t + key_head * q_stride_h
 
     # Norms, the diagonal of q k^T, and how far sums are from those of the middle of two block sizes.
     b_squares = tl.zeros([TILE], tl.float32)
@@ -284,16 +297,16 @@ def delta_rule_intra_per_channel_kernel(
     far_half = tl.full([TILE], 0.0, tl.float32)
     for start in tl.static_range(0, K, BK):
         o_k = start + tl.arange(0, BK)
-        b_key = _load_rows(p_k, o_t, o_k, b_token, k_stride_t, K, BK)
+        b_key = _load_rows(p_k, o_i, o_k, b_token, k_stride_t, K, BK)
         b_key = b_key.to(tl.float32)
         b_squares += tl.sum(b_key * b_key, axis=1)
-        b_sums = _load_sums(p_sums, o_t, o_k, valid, sums_stride_n, sums_stride_c, K, BK, C)
-        b_middle = _load_sums(p_sums, first + _middle(o_i, C // 2), o_k, valid, sums_stride_n, sums_stride_c, K, BK, C)
+        b_sums = _load_sums(p_sums, o_i, o_k, b_valid, sums_stride_n, sums_stride_c, K, BK, C)
+        b_middle = _load_sums(p_sums, _middle(o_i, C // 2), o_k, b_valid, sums_stride_n, sums_stride_c, K, BK, C)
         far_whole = tl.maximum(far_whole, tl.max(tl.abs(b_sums - b_middle), axis=1))
-        b_middle = _load_sums(p_sums, first + _middle(o_i, C // 4), o_k, valid, sums_stride_n, sums_stride_c, K, BK, C)
+        b_middle = _load_sums(p_sums, _middle(o_i, C // 4), o_k, b_valid, sums_stride_n, sums_stride_c, K, BK, C)
         far_half = tl.maximum(far_half, tl.max(tl.abs(b_sums - b_middle), axis=1))
         if pairs_ptr is not None:
-            b_query = _load_rows(p_q, o_t, o_k, b_token, q_stride_t, K, BK)
+            b_query = _load_rows(p_q, o_i, o_k, b_token, q_stride_t, K, BK)
             b_query = b_query.to(tl.float32)
             b_qq += tl.sum(b_query * b_query, axis=1)
             b_diagonal += tl.sum(b_query * b_key, axis=1)
@@ -318,17 +331,17 @@ def delta_rule_intra_per_channel_kernel(
         b_qk_here = tl.zeros([TILE, TILE], tl.float32)
         for start in tl.static_range(0, K, BK):
             o_k = start + tl.arange(0, BK)
-            b_sums = _load_sums(p_sums, o_t, o_k, valid, sums_stride_n, sums_stride_c, K, BK, C)
-            b_middle = _load_sums(p_sums, first + o_middle, o_k, valid, sums_stride_n, sums_stride_c, K, BK, C)
+            b_sums = _load_sums(p_sums, o_i, o_k, b_valid, sums_stride_n, sums_stride_c, K, BK, C)
+            b_middle = _load_sums(p_sums, o_middle, o_k, b_valid, sums_stride_n, sums_stride_c, K, BK, C)
             b_since = b_sums - b_middle
             # Rows before the middle and columns after it belong to no pair across it.
             b_row = _decay(tl.where(b_after | both, b_since, 0.0))
             b_column = _decay(tl.where(b_after & (both == 0), 0.0, -b_since))
-            b_k = _load_rows(p_k, o_t, o_k, b_token, k_stride_t, K, BK)
+            b_k = _load_rows(p_k, o_i, o_k, b_token, k_stride_t, K, BK)
             b_kt = tl.trans((b_k.to(tl.float32) * b_column).to(operand))
             b_kk_here += _raw_product((b_k.to(tl.float32) * b_row).to(operand), b_kt, PRECISION)
             if pairs_ptr is not None:
-                b_q = _load_rows(p_q, o_t, o_k, b_token, q_stride_t, K, BK)
+                b_q = _load_rows(p_q, o_i, o_k, b_token, q_stride_t, K, BK)
                 b_qk_here += _raw_product((b_q.to(tl.float32) * b_row).to(operand), b_kt, PRECISION)
         b_within = (o_i[:, None] ^ o_i[None, :]) < 2 * half
         b_kk = tl.where(b_within, b_kk_here, b_kk)
@@ -337,20 +350,22 @@ def delta_rule_intra_per_channel_kernel(
     head_row = row * HV + head
     if pairs_ptr is not None:
         b_qk = tl.where(o_i[:, None] == o_i[None, :], b_diagonal[:, None], b_qk)
-        p_pairs = pairs_ptr + head_row * pairs_stride_h
-        _store_pairs(p_pairs, b_qk * (b_rq[:, None] * b_rk[None, :]), o_t, valid, pairs_stride_n, C)
+        p_pairs = pairs_ptr + head_row * pairs_stride_h + (first // C) * pairs_stride_n
+        _store_pairs(p_pairs, b_qk * (b_rq[:, None] * b_rk[None, :]), b_valid, pairs_stride_n, C)
     b_x = _solved(b_kk * (b_rk[:, None] * b_rk[None, :]), b_beta, C, SOLVE)
-    p_v = v_ptr + v_offset + row * v_stride_b + head * v_stride_h
-    p_u = u_ptr + head_row * valid * U_WIDTH
-    _store_values(p_v, p_u, b_x, o_t, b_token, valid, v_stride_t, V, BV, U_WIDTH, U_FIRST, COLUMNS, C, PRECISION)
+    b_x *= _load_again(p_beta, o_i * beta_stride_t, b_token)[None, :]
+    p_v = v_ptr + v_offset + row * v_stride_b + first * v_stride_t + head * v_stride_h
+    out_row = head_row * (chunks * C) + first
+    p_u = u_ptr + out_row * U_WIDTH
+    _store_values(p_v, p_u, b_x, o_i, b_token, b_valid, v_stride_t, V, BV, U_WIDTH, U_FIRST, COLUMNS, C, PRECISION)
     if w_ptr is None:
-        p_w = u_ptr + head_row * valid * W_WIDTH
+        p_w = u_ptr + out_row * W_WIDTH
     else:
-        p_w = w_ptr + head_row * valid * W_WIDTH
+        p_w = w_ptr + out_row * W_WIDTH
     b_x *= b_rk[None, :]
     for start in tl.static_range(0, K, BK):
         o_k = start + tl.arange(0, BK)
-        b_k = _load_rows(p_k, o_t, o_k, b_token, k_stride_t, K, BK)
-        b_e = _decay(_load_sums(p_sums, o_t, o_k, valid, sums_stride_n, sums_stride_c, K, BK, C))
+        b_k = _load_rows(p_k, o_i, o_k, b_token, k_stride_t, K, BK)
+        b_e = _decay(_load_sums(p_sums, o_i, o_k, b_valid, sums_stride_n, sums_stride_c, K, BK, C))
         b_w = _product(b_x, b_k.to(tl.float32) * b_e, PRECISION, False)
-        _store_rows(p_w, b_w, o_t, o_k, valid, K, BK, W_FIRST, W_WIDTH, COLUMNS, C)
+        _store_rows(p_w, b_w, o_i, o_k, b_valid, K, BK, W_FIRST, W_WIDTH, COLUMNS, C)

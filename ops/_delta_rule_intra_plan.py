@@ -7,6 +7,7 @@ Launch parameters:
 
 Shape classes, by tiles times value heads:
     per_head: one decay per head.
+    per_head_pairs: likewise, with products of q and k.
     per_channel: one decay per channel of the key.
 """
 
@@ -30,7 +31,7 @@ TABLE = TunedTable(
 )
 
 
-def _parameters(arch: Architecture, per_channel: bool, programs: int, key: int, value: int) -> Parameters:
+def _parameters(arch: Architecture, shape_class: str, programs: int, key: int, value: int) -> Parameters:
     widths = {"key_block": key, "value_block": value}
 
     def fit(use: Parameters) -> Parameters:
@@ -45,7 +46,7 @@ def _parameters(arch: Architecture, per_channel: bool, programs: int, key: int, 
             return f"a program has at most {256 // arch.warp_size} warps"
         return None
 
-    return TABLE.choose(arch, "per_channel" if per_channel else "per_head", programs, fit, complaint)
+    return TABLE.choose(arch, shape_class, programs, fit, complaint)
 
 
 def _result(dtype: torch.dtype, chunked: tuple[Size, ...], width: int, columns: bool) -> Output:
@@ -69,7 +70,8 @@ def plan(
     chunks = sums.shape[2]
     per_channel = len(sums.shape) == 5
     programs = cdiv(chunks, TILE // length) * batch * heads
-    use = _parameters(target.arch, per_channel, target.hint(programs), key, value)
+    shape_class = "per_channel" if per_channel else "per_head" if q is None else "per_head_pairs"
+    use = _parameters(target.arch, shape_class, target.hint(programs), key, value)
     narrow = all(operand.dtype == torch.bfloat16 for operand in (k, v, q) if operand is not None)
     exact = "ieee" if target.arch.name.startswith("gfx") else "tf32x3"
 

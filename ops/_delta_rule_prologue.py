@@ -85,12 +85,12 @@ def _log2_decay(b_g, b_a, b_bias, LOWER_BOUND: tl.constexpr, GATE: tl.constexpr,
 
 
 @triton.jit
-def _strength(beta_ptr, o_beta, b_token, SIGMOID: tl.constexpr, FACTOR: tl.constexpr):
+def _strength(p_beta, o_beta, b_token, SIGMOID: tl.constexpr, FACTOR: tl.constexpr):
     """beta [64] in float32, zero behind the end."""
-    b_beta = tl.load(beta_ptr + o_beta, mask=b_token, other=0.0).to(tl.float32)
+    b_beta = tl.load(p_beta + o_beta, mask=b_token, other=0.0).to(tl.float32)
     if SIGMOID:
-        b_beta = sigmoid_exp2(b_beta * -LOG2E) * FACTOR
-    return tl.where(b_token, b_beta, 0.0)
+        b_beta = tl.where(b_token, sigmoid_exp2(b_beta * -LOG2E) * FACTOR, 0.0)
+    return b_beta
 
 
 @triton.jit

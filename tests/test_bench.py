@@ -267,9 +267,9 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The command measures on the CPU with the fake clock; the list takes the names of the rows."""
     measured: list[str] = []
 
-    def measure(op: str, case: Case, baselines: Any, on: arch.Architecture, device: torch.device) -> Row:
+    def measure(op: str, case: Case, baselines: Any, on: arch.Architecture, device: torch.device, warm: bool) -> Row:
         measured.append(case.name)
-        return real(op, case, baselines, on, device, clock)
+        return real(op, case, baselines, on, device, clock, warm)
 
     real = runner.measure
     monkeypatch.setattr(cli, "_device", lambda: CPU)
@@ -300,7 +300,7 @@ def test_measuring_writes_json_a_table_and_progress(
 
 
 def test_rows_are_written_as_they_come(on_cpu: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(op: str, case: Case, *rest: Any) -> Row:
+    def measure(op: str, case: Case, *rest: Any, warm: bool) -> Row:
         if case is GATE:
             raise KeyboardInterrupt
         return Row(op, case.name, {"op": Entry(1.0, 2.0, 0.0)})
@@ -316,7 +316,7 @@ def test_failing_rows_fail_the_command(
     on_cpu: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = Row("neg", "x", {"fused": Entry(2.0, 3.0, 0.0, {"neg": 1}), "stock": Entry(1.0, 3.0, 0.0)})
-    monkeypatch.setattr(runner, "measure", lambda *args: slow)
+    monkeypatch.setattr(runner, "measure", lambda *args, warm: slow)
     assert main(["bench", "--op", "neg", "--case", "4"]) == 1
     assert "bench: neg x: GPU time 2.0 us is 100 % above stock (1.0 us)" in capsys.readouterr().err
 

@@ -30,9 +30,9 @@ def kernels() -> list[Any]:
     return sorted({kernel for kernel in found if hasattr(kernel, "arg_names")}, key=lambda kernel: kernel.__name__)
 
 
-def launch_on(arch: str, inlined: bool = True) -> Launch:
+def launch_on(arch: str, **target: bool) -> Launch:
     raw, a_log = torch.empty(1, 128, 1, 4, 64, dtype=torch.bfloat16), torch.empty(1, 4, 64)
-    launch = plan(Target(by_name(arch), int, inlined), *map(_operand, (raw, a_log, None, *CONSTANTS)))
+    launch = plan(Target(by_name(arch), int, **target), *map(_operand, (raw, a_log, None, *CONSTANTS)))
     assert isinstance(launch, Launch)
     return launch
 
@@ -61,9 +61,10 @@ def test_waiting_comes_before_any_access_to_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arch", sorted(TABLE))
-@pytest.mark.parametrize("inlined", [False, True])
-def test_only_gpus_that_have_it(arch: str, inlined: bool) -> None:
-    assert launch_on(arch, inlined).pdl == (arch in ("sm_90", "sm_100"))
+def test_only_gpus_that_have_it_and_graphs_that_are_replayed(arch: str) -> None:
+    capable = arch in ("sm_90", "sm_100")
+    assert launch_on(arch).pdl == launch_on(arch, inlined=True, replayed=True).pdl == capable
+    assert not launch_on(arch, inlined=True).pdl
 
 
 def test_inductor_compiles_the_launch_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,8 +75,11 @@ def test_inductor_compiles_the_launch_for_it(monkeypatch: pytest.MonkeyPatch) ->
 
     raw, a_log = torch.empty(1, 128, 1, 4, 64, dtype=torch.bfloat16), torch.empty(1, 4, 64)
     written = fake_cuda.written_arguments(monkeypatch)
-    ours, stock = fake_cuda.wrapper_code(layer, [raw, a_log]).split("def gate_cumsum_kernel(")
+    code = fake_cuda.wrapper_code(layer, [raw, a_log], options={"triton.cudagraphs": True})
+    ours, stock = code.split("def gate_cumsum_kernel(")
     assert written == [["out_ptr"]]
     # Inductor's own kernels, defined after ours, are launched as ever.
     assert ours.count("'launch_pdl': True") == ours.count("'PDL': True") == 1 and "'launch_pdl': True" not in stock
-    assert "gdc_wait()" in ours + stock and "triton_" in stock
+    assert "gdc_wait()" in code and "triton_" in stock
+    # Not replayed, the launch would cost the host more than it saves the GPU.
+    assert "'launch_pdl': True" not in fake_cuda.wrapper_code(layer, [raw, a_log])
