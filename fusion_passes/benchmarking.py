@@ -3,7 +3,8 @@
 The inputs of a timed call are cold in L2: calls rotate through enough input sets (`ROTATE_BYTES`) that a set is
 evicted before its turn comes again, and each call writes to memory of its own. With `warm_sets` one set is replayed,
 and what fits in L2 stays there, as between the layers of a model. Callables that are compared take turns, so that a
-clock that drifts drifts for all. Times are medians in microseconds. The floor is the time that the bytes or the FLOPs
+clock that drifts drifts for all; a turn is at least `CALLS` calls, since its first ones pay for starting a graph and for
+writing back what the one before left in L2. Times are medians in microseconds. The floor is the time that the bytes or the FLOPs
 alone would take on the architecture's measured rates.
 """
 
@@ -28,6 +29,9 @@ from fusion_passes import arch
 
 # More than twice the largest L2 in the table of architectures.
 ROTATE_BYTES = 130 << 20
+
+# Calls in one replay, at least.
+CALLS = 16
 
 # Cases up to this many bytes are "small": a round of them takes seconds and not minutes.
 SMALL_BYTES = 32 << 20
@@ -112,7 +116,7 @@ def warm_sets(case: Case, device: torch.device, seed: int = 0) -> list[tuple[Any
 
 
 def capture(call: Call, sets: Sequence[tuple[Any, ...]]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of one call per input set, captured after a warm-up on a side stream."""
+    """A CUDA graph of one call per entry of `sets`, captured after a warm-up on a side stream."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -154,9 +158,10 @@ def measure_together(
     """
     found: dict[str, Timing | Exception] = {}
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    turn = [*sets] * math.ceil(CALLS / len(sets))
     for name, call in calls.items():
         try:
-            graphs[name] = capture(call, sets)
+            graphs[name] = capture(call, turn)
         except Exception as error:
             found[name] = error
     for graph in [*graphs.values()] * 3:
@@ -167,7 +172,7 @@ def measure_together(
     while graphs and (done < repeats or (time.perf_counter() < deadline and done < 200)):
         done += 1
         for name, graph in graphs.items():
-            times[name].append(replay_us(graph) / len(sets))
+            times[name].append(replay_us(graph) / len(turn))
     walls = wall_us_together({name: calls[name] for name in graphs}, sets)
     for name, taken in times.items():
         found[name] = Timing(statistics.median(taken), min(taken), max(taken), walls[name])
