@@ -3,9 +3,9 @@
 The inputs of a timed call are cold in L2: calls rotate through enough input sets (`ROTATE_BYTES`) that a set is
 evicted before its turn comes again, and each call writes to memory of its own. With `warm_sets` one set is replayed,
 and what fits in L2 stays there, as between the layers of a model. Callables that are compared take turns, so that a
-clock that drifts drifts for all; a turn is at least `CALLS` calls, since its first ones pay for starting a graph and for
-writing back what the one before left in L2. Times are medians in microseconds. The floor is the time that the bytes or the FLOPs
-alone would take on the architecture's measured rates.
+clock that drifts drifts for all; a turn is at least `CALLS` calls, since its first ones pay for starting a graph and
+for writing back what the one before left in L2. Times are medians in microseconds. The floor is the time that the bytes
+or the FLOPs alone would take on the architecture's measured rates.
 """
 
 from __future__ import annotations
