@@ -1,4 +1,4 @@
-"""How an op of this package is registered, launched eagerly, and inlined by Inductor.
+"""How an op of this package is registered, and inlined by Inductor.
 
 An op is a schema, a reference in plain PyTorch (the CPU implementation), shape checks (the fake implementation) and a
 *plan*: a function that turns the op's arguments into one `Launch`. The same plan serves the eager CUDA call, with
@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -25,17 +24,48 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._inductor import config, ir
 from torch._inductor import lowering as inductor
 from torch._inductor.virtualized import V
-from torch.utils._sympy.functions import CeilDiv
 
 from fusion_passes import arch as architectures
 from fusion_passes import tuning
-from fusion_passes.arch import Architecture
+from fusion_passes.eager import launcher
+from fusion_passes.plans import (
+    Launch,
+    NotInlinable,
+    Operand,
+    Output,
+    Plan,
+    Program,
+    Size,
+    Target,
+    cdiv,
+    constant_or_argument,
+    contiguous_strides,
+    static,
+)
 from fusion_passes.settings import LAUNCH_META, snapshot
 
-log = logging.getLogger(__name__)
+# What the author of an op needs: the parts of a plan, and `define`.
+__all__ = [
+    "LIBRARY",
+    "Launch",
+    "NotInlinable",
+    "Operand",
+    "Output",
+    "Plan",
+    "Program",
+    "Size",
+    "Target",
+    "cdiv",
+    "constant_or_argument",
+    "contiguous_strides",
+    "define",
+    "inline",
+    "inlining",
+    "inlining_enabled",
+    "static",
+]
 
-# A number that may be symbolic in a lowering.
-Size = Any
+log = logging.getLogger(__name__)
 
 LIBRARY = torch.library.Library("fusion_passes", "FRAGMENT")
 
@@ -55,169 +85,6 @@ def inlining(enabled: bool) -> Iterator[None]:
         yield
     finally:
         _inlining.reset(token)
-
-
-class NotInlinable(Exception):
-    """A plan raises this in a lowering to keep the op opaque; the message says why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Operand:
-    """A tensor argument as a plan sees it: where it lies, in elements from the start of `handle`.
-
-    In a lowering `handle` is the buffer that holds the tensor, which costs the wrapper nothing to pass, and `view`
-    the tensor itself. Kernels that take an offset use the first, others `whole()`.
-    """
-
-    shape: tuple[Size, ...]
-    strides: tuple[Size, ...]
-    offset: Size
-    dtype: torch.dtype
-    device: torch.device
-    handle: Any
-    view: Any
-
-    @property
-    def used_strides(self) -> tuple[Size, ...]:
-        """The strides, 0 along axes of length one: their stride means nothing and must not compile a kernel anew."""
-        return tuple(0 if static(n) == 1 else stride for n, stride in zip(self.shape, self.strides))
-
-    def whole(self) -> Operand:
-        """The operand with its offset, if it has one, inside the handle."""
-        if static(self.offset) == 0:
-            return self
-        return dataclasses.replace(self, offset=0, handle=self.view)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Output:
-    """A tensor that a launch writes; every element that anybody reads. One object is one tensor."""
-
-    shape: tuple[Size, ...]
-    strides: tuple[Size, ...]
-    dtype: torch.dtype
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """One kernel launch.
-
-    Attributes:
-        kernel: the `triton.jit` function.
-        grid: one to three sizes.
-        args: every argument of the kernel by name: `Operand`, `Output`, number or None. constexprs included. With
-            "PDL" among them and true, the launch is a programmatic dependent one: the kernel may start before the one
-            ahead of it has ended, and waits for it itself.
-        num_warps, num_stages: as Triton takes them.
-    """
-
-    kernel: Any
-    grid: tuple[Size, ...]
-    args: dict[str, Any]
-    num_warps: int
-    num_stages: int = 1
-
-    @property
-    def pdl(self) -> bool:
-        return bool(self.args.get("PDL"))
-
-    @property
-    def outputs(self) -> tuple[Output, ...]:
-        return tuple(value for value in self.args.values() if isinstance(value, Output))
-
-    def bound(self, tensors: Mapping[Output, Any]) -> dict[str, Any]:
-        """The arguments as the kernel takes them, outputs from `tensors`."""
-        return {
-            name: value.handle if isinstance(value, Operand) else tensors[value] if isinstance(value, Output) else value
-            for name, value in self.args.items()
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """Launches that run one after the other.
-
-    Attributes:
-        launches: in order; those after the first may take `Output`s of earlier ones as inputs.
-        outputs: the results of the op, in order. Every other `Output` is scratch memory, freed after its last use.
-    """
-
-    launches: tuple[Launch, ...]
-    outputs: tuple[Output, ...]
-
-    @staticmethod
-    def of(plan: Launch | Program) -> Program:
-        """What a plan returned as a program."""
-        return plan if isinstance(plan, Program) else Program((plan,), plan.outputs)
-
-    @property
-    def written(self) -> tuple[Output, ...]:
-        """All that is to be allocated: the results, and then scratch memory."""
-        scratch = (output for launch in self.launches for output in launch.outputs)
-        return tuple(dict.fromkeys((*self.outputs, *scratch)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What a plan is made for.
-
-    Attributes:
-        arch: the GPU.
-        hint: a guess at a size that is symbolic.
-        inlined: whether the launches go into a compiled graph.
-        replayed: whether that is recorded into CUDA graphs, in which a launch costs the host nothing.
-    """
-
-    arch: Architecture
-    hint: Callable[[Size], int]
-    inlined: bool = False
-    replayed: bool = False
-
-    @property
-    def single_pdl(self) -> bool:
-        """Programmatic dependent launch for an op that takes the place of one kernel.
-
-        It saves the GPU 0.4 to 0.6 us and costs the host 2 to 4 us (H200, torch 2.11): in a compiled graph whose
-        launches are not replayed the op would have a longer wall time than what it replaces. Ops that save launches
-        take `arch.pdl`.
-        """
-        return self.arch.pdl and (self.replayed or not self.inlined)
-
-
-Plan = Callable[..., Launch | Program]
-
-
-def cdiv(a: Size, b: int) -> Size:
-    """a / b rounded up, for integers and symbolic sizes."""
-    return CeilDiv(a, b) if isinstance(a, sympy.Expr) else -(-a // b)
-
-
-def static(size: Size) -> int | None:
-    """The value of a size that is known when the graph is compiled, else None."""
-    if isinstance(size, int):
-        return size
-    return int(size) if isinstance(size, sympy.Integer) else None
-
-
-def constant_or_argument(
-    target: Target, constant: str, argument: str, value: Size, always: bool = False
-) -> dict[str, Size | None]:
-    """A number for a kernel that takes it compiled in, as `constant`, or where that is -1 as the run-time `argument`.
-
-    A kernel inside a compiled graph takes all that are known as constants: arguments cost time at every call. An eager
-    one takes those that are `always` the same, whatever the number of tokens: a new one must not compile a new kernel.
-    """
-    known = static(value) is not None and (target.inlined or always)
-    return {constant: value if known else -1, argument: None if known else value}
-
-
-def contiguous_strides(shape: Sequence[Size]) -> tuple[Size, ...]:
-    strides: list[Size] = []
-    step: Size = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step = step * size
-    return tuple(reversed(strides))
 
 
 def define(
@@ -248,7 +115,7 @@ def define(
     """
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, reference, "CPU")
-    LIBRARY.impl(name, functools.partial(_launch, fake, plan), "CUDA")
+    LIBRARY.impl(name, launcher(fake, plan), "CUDA")
     torch.library.register_fake(f"fusion_passes::{name}", fake, lib=LIBRARY)
 
     def no_gradient(ctx: Any, *grads: Any) -> Any:
@@ -260,37 +127,6 @@ def define(
     if keep_stride_order:
         inductor.add_layout_constraint(op, inductor.constrain_to_fx_strides)
     return op
-
-
-def _operand(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    return Operand(tuple(value.shape), value.stride(), 0, value.dtype, value.device, value, value)
-
-
-def _launch(fake: Callable[..., Any], plan: Plan, *args: Any) -> Any:
-    """The eager CUDA implementation: check and allocate as the fake does, then launch."""
-    out = fake(*args)
-    outputs = list(out) if isinstance(out, (tuple, list)) else [out]
-    if all(t.numel() == 0 for t in outputs):
-        return out
-    device = outputs[0].device
-    program = Program.of(plan(Target(architectures.of_device(device), int), *map(_operand, args)))
-    tensors = dict(zip(program.outputs, outputs))
-    with torch.cuda.device(device):
-        for scratch in program.written[len(outputs) :]:
-            tensors[scratch] = torch.empty(scratch.shape, dtype=scratch.dtype, device=device)
-        run(program, tensors)
-    return out
-
-
-def run(program: Program, tensors: Mapping[Output, torch.Tensor]) -> None:
-    """Launch the kernels of a program that was planned for tensors, on the device that is current."""
-    for launch in program.launches:
-        options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-        if launch.pdl:
-            options["launch_pdl"] = True
-        launch.kernel[launch.grid](**launch.bound(tensors), **options)
 
 
 def inline(op: torch._ops.OpOverload, plan: Plan) -> None:

@@ -167,6 +167,11 @@ def check(text: str) -> None:
         TABLES[op].validate(parse(values, SETTING), SETTING)
 
 
+def forced() -> bool:
+    """Whether launch parameters are forced by `overriding` here."""
+    return bool(_forced.get())
+
+
 @contextlib.contextmanager
 def overriding(**ops: str | Mapping[str, int]) -> Iterator[None]:
     """Force launch parameters inside the block: `overriding(gate_cumsum="rows=16,lanes=128")` or a mapping."""

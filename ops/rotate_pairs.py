@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fusion_passes import arch as architectures
+from fusion_passes.eager import run
 from fusion_passes.fusion import dtype_name
 from fusion_passes.lowering import (
     LIBRARY,
@@ -25,13 +26,12 @@ from fusion_passes.lowering import (
     Program,
     Size,
     Target,
-    _operand,
     cdiv,
     inline,
-    run,
     static,
 )
 from fusion_passes.ops._checks import FLOATS, typed
+from fusion_passes.plans import operand_of
 
 # Pairs of one program, and rows below which a program takes fewer, so that there are programs for all of the GPU.
 PAIRS = 2048
@@ -102,7 +102,7 @@ def _cuda(pairs: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Non
     if pairs.numel():
         target = Target(architectures.of_device(pairs.device), int)
         with torch.cuda.device(pairs.device):
-            launch = plan(target, _operand(pairs), _operand(cos), _operand(sin), inverse)
+            launch = plan(target, operand_of(pairs), operand_of(cos), operand_of(sin), inverse)
             run(Program.of(launch), {})
 
 

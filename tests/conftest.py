@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from fusion_passes import lowering
+from fusion_passes import eager
+from fusion_passes.plans import Output, Program
 from tests.support.programs import poison
 
 
@@ -28,11 +30,11 @@ def _poisoned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """What the kernels of an eager call on a GPU leave unwritten is NaN, and not what an earlier call wrote."""
     if request.path.stem == "test_bench":
         return  # times
-    stock = lowering.run
+    stock = eager.run
 
-    def run(program: lowering.Program, tensors: Mapping[lowering.Output, torch.Tensor]) -> None:
+    def run(program: Program, tensors: Mapping[Output, torch.Tensor], args: tuple[Any, ...] = ()) -> None:
         for memory in tensors.values():
             poison(memory)
-        stock(program, tensors)
+        stock(program, tensors, args)
 
-    monkeypatch.setattr(lowering, "run", run)
+    monkeypatch.setattr(eager, "run", run)

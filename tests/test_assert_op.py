@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusion_passes import lowering
+from fusion_passes import eager
+from fusion_passes.plans import Output, Program
 from fusion_passes.testing import assert_op, poisoned
 from tests.support import programs
 
@@ -79,10 +80,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, tor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_memory_that_kernels_are_to_write_starts_poisoned(dtype: torch.dtype) -> None:
     """In these tests: that of eager calls on a GPU, and that of plans which are run on the interpreter or a GPU."""
-    output = lowering.Output((2, 3), (1, 2), dtype)
-    nothing = lowering.Program((), (output,))
+    output = Output((2, 3), (1, 2), dtype)
+    nothing = Program((), (output,))
     memory = torch.zeros(3, 2).mT.to(dtype)
-    lowering.run(nothing, {output: memory})
+    eager.run(nothing, {output: memory})
     (found,) = programs.run(lambda target, x: nothing, (X,))
     for values in (memory, found):
         wide = values.double()

@@ -12,9 +12,10 @@ import torch
 
 from fusion_passes import tuning
 from fusion_passes.arch import TABLE, by_name
-from fusion_passes.lowering import Launch, Target, _operand
+from fusion_passes.lowering import Launch, Target
 from fusion_passes.ops.gate_cumsum import TABLE as TUNED
 from fusion_passes.ops.gate_cumsum import plan
+from fusion_passes.plans import operand_of
 from tests.support import sass
 
 pytest.importorskip("triton.backends.nvidia")
@@ -26,7 +27,7 @@ def launch_of(arch: str, heads: int, channels: int, tokens: int, layout: str, fo
     bias = torch.empty(1, heads, channels, device="meta")
     args = (raw, a_log, bias, -(-tokens // 64), 64, None, 1.0, 1.0, 20.0, False, layout, None, None)
     with tuning.overriding(**({"gate_cumsum": forced} if forced else {})):
-        return plan(Target(by_name(arch), int), *map(_operand, args))
+        return plan(Target(by_name(arch), int), *map(operand_of, args))
 
 
 def sizes(arch: str, shape_class: str) -> list[int]:
@@ -95,6 +96,6 @@ def test_packed_sequences_compile(tmp_path: Path) -> None:
     bounds = torch.empty(9, dtype=torch.int32, device="meta")
     for indices in (None, torch.empty(70, 2, dtype=torch.int32, device="meta")):
         args = (raw, a_log, None, 1, 64, -5.0, 1.0, 1.0, 20.0, False, "bnchk", bounds, indices)
-        launch = plan(Target(by_name("sm_90"), int), *map(_operand, args))
+        launch = plan(Target(by_name("sm_90"), int), *map(operand_of, args))
         binary = sass.compile_launch(launch, "sm_90", tmp_path)
         assert binary.spilled == 0 and binary.registers <= 128

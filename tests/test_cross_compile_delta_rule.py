@@ -10,8 +10,9 @@ import torch
 
 from fusion_passes import tuning
 from fusion_passes.arch import TABLE, by_name
-from fusion_passes.lowering import Operand, Program, Target, _operand
+from fusion_passes.lowering import Operand, Program, Target
 from fusion_passes.ops._chunk_delta_rule_plan import plan
+from fusion_passes.plans import operand_of
 from tests.support import sass
 
 pytest.importorskip("triton.backends.nvidia")
@@ -24,7 +25,7 @@ def program(
     value: int = 128, dtype: torch.dtype = torch.bfloat16, launch: str = "",
 ) -> Program:  # fmt: skip
     def operand(*shape: int, kind: torch.dtype = dtype) -> Operand:
-        return _operand(torch.empty(shape, dtype=kind, device="meta"))
+        return operand_of(torch.empty(shape, dtype=kind, device="meta"))
 
     key_heads, value_heads = heads
     gates = (value_heads, key) if per_channel else (value_heads,)

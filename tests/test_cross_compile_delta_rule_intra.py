@@ -12,8 +12,9 @@ import torch
 
 from fusion_passes import tuning
 from fusion_passes.arch import TABLE, by_name
-from fusion_passes.lowering import Launch, Operand, Target, _operand
+from fusion_passes.lowering import Launch, Operand, Target
 from fusion_passes.ops._delta_rule_intra_plan import plan
+from fusion_passes.plans import operand_of
 from tests.support import sass
 
 pytest.importorskip("triton.backends.nvidia")
@@ -27,7 +28,7 @@ def launch_of(
     launch: str = "",
 ) -> Launch:  # fmt: skip
     def operand(*shape: int, kind: torch.dtype = dtype) -> Operand:
-        return _operand(torch.empty(shape, dtype=kind, device="meta"))
+        return operand_of(torch.empty(shape, dtype=kind, device="meta"))
 
     key_heads, value_heads = heads
     k = operand(1, tokens, key_heads, key)

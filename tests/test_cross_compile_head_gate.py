@@ -10,9 +10,10 @@ import torch
 
 from fusion_passes import tuning
 from fusion_passes.arch import TABLE, by_name
-from fusion_passes.lowering import Launch, Program, Target, _operand
+from fusion_passes.lowering import Launch, Program, Target
 from fusion_passes.ops.head_gate import TABLE as TUNED
 from fusion_passes.ops.head_gate import plan
+from fusion_passes.plans import operand_of
 from tests.support import sass
 from tests.support.head_gate import FORMS, Arguments
 
@@ -32,7 +33,7 @@ def launch_of(
     q_scale = torch.empty(1, tokens, HEADS, device="meta") if with_scale else None
     args = Arguments(x, weight, q_scale, product_dtype=product, **rest)
     with tuning.overriding(**({"head_gate": forced} if forced else {})):
-        (launch,) = Program.of(plan(Target(by_name(arch), int, inlined), *map(_operand, args.positional()))).launches
+        (launch,) = Program.of(plan(Target(by_name(arch), int, inlined), *map(operand_of, args.positional()))).launches
     return launch
 
 

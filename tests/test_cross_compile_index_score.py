@@ -10,8 +10,9 @@ import torch
 
 from fusion_passes import tuning
 from fusion_passes.arch import by_name
-from fusion_passes.lowering import Launch, Program, Target, _operand
+from fusion_passes.lowering import Launch, Program, Target
 from fusion_passes.ops._index_score_launch import DECODE, KINDS, TABLE, plan
+from fusion_passes.plans import operand_of
 from tests.support import sass
 from tests.support.index_score import E4, Arguments
 
@@ -37,7 +38,7 @@ def launch_of(
         **{"causal_offset": KEYS - queries, "scale_after": True, **rest},
     )  # fmt: skip
     with tuning.overriding(**({"index_score": forced} if forced else {})):
-        (launch,) = Program.of(plan(Target(by_name(arch), int, inlined), *map(_operand, args.positional()))).launches
+        (launch,) = Program.of(plan(Target(by_name(arch), int, inlined), *map(operand_of, args.positional()))).launches
     return launch
 
 

@@ -10,9 +10,10 @@ import torch
 
 from fusion_passes import tuning
 from fusion_passes.arch import TABLE, by_name
-from fusion_passes.lowering import Launch, Target, _operand
+from fusion_passes.lowering import Launch, Target
 from fusion_passes.ops.mla_kv_pack import TABLE as TUNED
 from fusion_passes.ops.mla_kv_pack import float8_reason, key_plan, plan
+from fusion_passes.plans import operand_of
 from tests.support import sass
 from tests.support.mla_kv_pack import E4, E5, Arguments
 
@@ -31,7 +32,7 @@ def launch_of(
     args = Arguments(kv[..., :nope], k_pe, kv[..., nope:] if value else None, **form)
     with tuning.overriding(**({"mla_kv_pack": forced} if forced else {})):
         target = Target(by_name(arch), int, inlined)
-        return (plan if value else key_plan)(target, *map(_operand, args.positional()))
+        return (plan if value else key_plan)(target, *map(operand_of, args.positional()))
 
 
 def tuned_launches() -> list[Any]:

@@ -12,9 +12,10 @@ import torch
 
 from fusion_passes import tuning
 from fusion_passes.arch import TABLE, by_name
-from fusion_passes.lowering import Launch, Target, _operand
+from fusion_passes.lowering import Launch, Target
 from fusion_passes.ops.qkv_split import TABLE as TUNED
 from fusion_passes.ops.qkv_split import plan
+from fusion_passes.plans import operand_of
 from tests.support import sass
 
 pytest.importorskip("triton.backends.nvidia")
@@ -31,7 +32,7 @@ def launch_of(
     pitch = PITCH[shape_class]
     shape = (batch, columns, pitch) if pitch else (batch, 4096, columns)
     x = torch.empty(shape, dtype=dtype, device="meta")
-    args = (_operand(x.mT if pitch else x), list(heads), [dim] * len(heads), [1] * len(heads), head_major)
+    args = (operand_of(x.mT if pitch else x), list(heads), [dim] * len(heads), [1] * len(heads), head_major)
     with tuning.overriding(**({"qkv_split": forced} if forced else {})):
         return plan(Target(by_name(arch), int, inlined), *args).launches[0]
 
@@ -73,7 +74,7 @@ def test_tuned_configurations(arch: str, shape_class: str, forced: str, tmp_path
 
 def test_seven_windows_leave_one_to_the_second_launch(tmp_path: Path) -> None:
     x = torch.empty(1, 64, 7 * 8, dtype=torch.bfloat16, device="meta")
-    program = plan(Target(by_name("sm_90"), int), _operand(x), [1] * 7, [8] * 7, [1] * 7, False)
+    program = plan(Target(by_name("sm_90"), int), operand_of(x), [1] * 7, [8] * 7, [1] * 7, False)
     assert [len(launch.outputs) for launch in program.launches] == [6, 1]
     for launch in program.launches:
         assert sass.compile_launch(launch, "sm_90", tmp_path).spilled == 0

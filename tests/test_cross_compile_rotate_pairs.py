@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fusion_passes.arch import TABLE, by_name
-from fusion_passes.lowering import Launch, Target, _operand
+from fusion_passes.lowering import Launch, Target
 from fusion_passes.ops.rotate_pairs import plan
+from fusion_passes.plans import operand_of
 from tests.support import sass
 from tests.support.rotate_pairs import PAIRINGS
 
@@ -23,7 +24,7 @@ def launch_of(
     """The launch that rotates the first channels of [T, 64, 128]."""
     pairs = PAIRINGS[pairing](torch.empty(1, tokens, 64, 128, dtype=dtype, device="meta"), channels)
     cos = torch.empty(1, tokens, 1, 1, channels // 2, dtype=factors, device="meta")
-    return plan(Target(by_name(arch), int), _operand(pairs), _operand(cos), _operand(cos))
+    return plan(Target(by_name(arch), int), operand_of(pairs), operand_of(cos), operand_of(cos))
 
 
 @pytest.mark.parametrize("arch", TABLE)

@@ -15,8 +15,9 @@ import torch
 
 from fusion_passes import ops
 from fusion_passes.arch import TABLE, by_name
-from fusion_passes.lowering import Launch, Target, _operand
+from fusion_passes.lowering import Launch, Target
 from fusion_passes.ops.gate_cumsum import plan
+from fusion_passes.plans import operand_of
 from tests.support import fake_cuda, sass
 
 OP = torch.ops.fusion_passes.gate_cumsum.default
@@ -32,7 +33,7 @@ def kernels() -> list[Any]:
 
 def launch_on(arch: str, **target: bool) -> Launch:
     raw, a_log = torch.empty(1, 128, 1, 4, 64, dtype=torch.bfloat16), torch.empty(1, 4, 64)
-    launch = plan(Target(by_name(arch), int, **target), *map(_operand, (raw, a_log, None, *CONSTANTS)))
+    launch = plan(Target(by_name(arch), int, **target), *map(operand_of, (raw, a_log, None, *CONSTANTS)))
     assert isinstance(launch, Launch)
     return launch
 

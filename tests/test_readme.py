@@ -92,10 +92,11 @@ def test_compiled_and_listed(capsys):
 KERNEL = """
 import torch
 from fusion_passes.arch import by_name
-from fusion_passes.lowering import Operand, Output, Target, _operand
+from fusion_passes.lowering import Operand, Output, Target
+from fusion_passes.plans import operand_of
 from fusion_passes.ops.quick_gelu import plan, reference
 x = torch.randn(3, 1000)
-launch = plan(Target(by_name("sm_90"), int), _operand(x))
+launch = plan(Target(by_name("sm_90"), int), operand_of(x))
 out = torch.full_like(x, float("nan"))
 values = {k: x if isinstance(v, Operand) else out if isinstance(v, Output) else v for k, v in launch.args.items()}
 launch.kernel[launch.grid](**values, num_warps=launch.num_warps)

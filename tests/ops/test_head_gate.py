@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fusion_passes import arch, tuning
-from fusion_passes.lowering import Launch, Output, Program, Target, _operand
+from fusion_passes.lowering import Launch, Output, Program, Target
 from fusion_passes.ops.head_gate import OP, TABLE, cases, form_of, head_gate, plan, reference
+from fusion_passes.plans import operand_of
 from tests.support.head_gate import BF16, F16, F32, FORMS, Arguments, bound, draw, error
 
 
@@ -115,7 +116,7 @@ def test_fake_tensors_cause_no_guard() -> None:
 
 def program_of(args: Arguments, forced: str = "", on: str = "sm_90") -> Program:
     with tuning.overriding(**({"head_gate": forced} if forced else {})):
-        return Program.of(plan(Target(arch.by_name(on), int), *map(_operand, args.positional())))
+        return Program.of(plan(Target(arch.by_name(on), int), *map(operand_of, args.positional())))
 
 
 def real(tokens: int, form: str = "rounded", heads: int = 64) -> Arguments:

@@ -13,9 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fusion_passes import arch, tuning
-from fusion_passes.lowering import Launch, Program, Target, _operand
+from fusion_passes.lowering import Launch, Program, Target
 from fusion_passes.ops._index_score_launch import KINDS, TABLE, plan, unsupported
 from fusion_passes.ops.index_score import OP, cases, index_score, reference
+from fusion_passes.plans import operand_of
 from tests.support.index_score import E4, Arguments, draw, expected, hidden, in_batch_order, relative_error
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -176,7 +177,7 @@ def real(queries: int, keys: int = 8192, dtype: torch.dtype = BF16, heads: int =
 def launch_of(args: Arguments, forced: str = "", on: str = "sm_90", inlined: bool = False) -> Launch:
     with tuning.overriding(**({"index_score": forced} if forced else {})):
         target = Target(arch.by_name(on), int, inlined)
-        (launch,) = Program.of(plan(target, *map(_operand, args.positional()))).launches
+        (launch,) = Program.of(plan(target, *map(operand_of, args.positional()))).launches
     return launch
 
 

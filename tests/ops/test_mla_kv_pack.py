@@ -9,9 +9,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusion_passes import arch, tuning
-from fusion_passes.lowering import Target, _operand
+from fusion_passes.lowering import Target
 from fusion_passes.ops import _mla_kv_pack_steps as steps_of
 from fusion_passes.ops.mla_kv_pack import KEY_OP, OP, cases, mla_kv_pack, parameters_for, plan, reference
+from fusion_passes.plans import operand_of
 from tests.support.mla_kv_pack import E4, E5, Arguments, draw, expected, same_bytes
 
 SCALE = torch.tensor(2.7)
@@ -185,14 +186,14 @@ def test_the_grid_follows_the_size() -> None:
         kv = torch.empty(1, tokens, 16, 256, device="meta", dtype=torch.bfloat16)
         pe = torch.empty(1, tokens, 64, device="meta", dtype=torch.bfloat16)
         args = Arguments(kv[..., :128], pe, kv[..., 128:]).positional()
-        return plan(Target(arch.by_name("sm_90"), int), *map(_operand, args)).grid
+        return plan(Target(arch.by_name("sm_90"), int), *map(operand_of, args)).grid
 
     assert len(grid(1)) == 2 and len(grid(1 << 20)) == 1
     assert grid(7)[0] == 7
 
 
 def test_dependent_launch_is_for_gpus_that_have_it_and_sizes_that_gain() -> None:
-    few, many = (tuple(map(_operand, draw(1, tokens, 4).positional())) for tokens in (3, 20000))
+    few, many = (tuple(map(operand_of, draw(1, tokens, 4).positional())) for tokens in (3, 20000))
     for name, args, wanted in (("sm_90", few, True), ("sm_90", many, False), ("sm_89", few, False)):
         assert plan(Target(arch.by_name(name), int), *args).pdl == wanted
 
@@ -201,7 +202,7 @@ def test_dependent_launch_is_for_gpus_that_have_it_and_sizes_that_gain() -> None
 def test_gpus_without_saturating_casts(name: str) -> None:
     args = draw(1, 3, 4)
     with pytest.raises(NotImplementedError, match=f"{name}.*no saturating conversion.*from sm_89 on"):
-        plan(Target(arch.by_name(name), int), *map(_operand, args.positional()))
+        plan(Target(arch.by_name(name), int), *map(operand_of, args.positional()))
 
 
 def test_benchmark_cases_are_consistent() -> None:

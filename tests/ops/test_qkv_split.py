@@ -9,8 +9,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusion_passes import arch, tuning
-from fusion_passes.lowering import Target, _operand
+from fusion_passes.lowering import Target
 from fusion_passes.ops.qkv_split import OP, TABLE, cases, parameters_for, plan, qkv_split
+from fusion_passes.plans import operand_of
 from fusion_passes.testing import assert_op
 from tests.support.qkv_split import expected, numbered, same_bits
 
@@ -92,7 +93,7 @@ def test_no_gradient() -> None:
 
 def launches(x: torch.Tensor, heads: list[int], dim: int = 128, *, inlined: bool = False, **form: Any) -> Any:
     repeats = [1] * len(heads)
-    return plan(Target(arch.by_name("sm_90"), int, inlined), _operand(x), heads, [dim] * len(heads), repeats,
+    return plan(Target(arch.by_name("sm_90"), int, inlined), operand_of(x), heads, [dim] * len(heads), repeats,
                 form.get("head_major", False)).launches  # fmt: skip
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fusion_passes.arch import by_name
-from fusion_passes.lowering import NotInlinable, Operand, Target, _operand
+from fusion_passes.lowering import NotInlinable, Operand, Target
 from fusion_passes.ops.rotate_pairs import FEW_ROWS, OP, plan, reference, rotate_pairs_
+from fusion_passes.plans import operand_of
 from tests.support.rotate_pairs import LAYOUTS, PAIRINGS, SHARED, close, exact, halves, neighbours, normal
 
 
@@ -106,7 +107,7 @@ def test_no_gradient(name: str) -> None:
 
 def launch(x: Tensor, width: int = 32) -> Any:
     cos = torch.empty(1, 1, x.shape[2], 1, width, device="meta")
-    return plan(Target(by_name("sm_90"), int), _operand(halves(x, 2 * width)), _operand(cos), _operand(cos))
+    return plan(Target(by_name("sm_90"), int), operand_of(halves(x, 2 * width)), operand_of(cos), operand_of(cos))
 
 
 def test_few_rows_still_give_many_programs() -> None:
@@ -119,9 +120,9 @@ def test_strides_of_axes_of_length_one_do_not_count() -> None:
 
 
 def test_pairs_at_symbolic_distances_are_not_inlined() -> None:
-    pairs = _operand(halves(torch.empty(1, 1, 7, 8, device="meta"), 8))
+    pairs = operand_of(halves(torch.empty(1, 1, 7, 8, device="meta"), 8))
     distance = sympy.Symbol("s", integer=True, positive=True)
     moved = Operand(pairs.shape, (*pairs.strides[:3], distance, 1), 0, pairs.dtype, pairs.device, None, None)
-    cos = _operand(torch.empty(1, 1, 7, 1, 4, device="meta"))
+    cos = operand_of(torch.empty(1, 1, 7, 1, 4, device="meta"))
     with pytest.raises(NotInlinable, match="symbolic size"):
         plan(Target(by_name("sm_90"), int), moved, cos, cos)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from fusion_passes.arch import by_name
-from fusion_passes.lowering import Plan, Program, Target, _operand
-from fusion_passes.lowering import run as run_program
+from fusion_passes.eager import run as run_program
+from fusion_passes.lowering import Plan, Program, Target
+from fusion_passes.plans import operand_of
 
 
 def poison(memory: torch.Tensor) -> torch.Tensor:
@@ -27,7 +28,7 @@ def run(plan: Plan, args: tuple[Any, ...], arch: str = "sm_90", inlined: bool = 
     on_gpu = device.type == "cuda"
     # Programmatic dependent launch is an instruction of GPUs, which the interpreter does not have.
     target_arch = by_name(arch) if on_gpu else dataclasses.replace(by_name(arch), pdl=False)
-    program = Program.of(plan(Target(target_arch, int, inlined), *map(_operand, args)))
+    program = Program.of(plan(Target(target_arch, int, inlined), *map(operand_of, args)))
     tensors = {
         output: poison(torch.empty_strided(output.shape, output.strides, dtype=output.dtype, device=device))
         for output in program.written
