@@ -25,10 +25,11 @@ CONSTANTS = (2, 64, None, 1.0, 1.0, 20.0, False, "bnchk", None, None)
 
 
 def kernels() -> list[Any]:
-    """Every kernel of the package's ops, by its name."""
+    """Every kernel of the package's ops that takes PDL, by its name."""
     modules = [import_module(f"{ops.__name__}.{info.name}") for info in pkgutil.iter_modules(ops.__path__)]
     found = (value for module in modules for name, value in vars(module).items() if name.endswith("_kernel"))
-    return sorted({kernel for kernel in found if hasattr(kernel, "arg_names")}, key=lambda kernel: kernel.__name__)
+    chosen = {kernel for kernel in found if "PDL" in getattr(kernel, "arg_names", ())}
+    return sorted(chosen, key=lambda kernel: kernel.__name__)
 
 
 def launch_on(arch: str, **target: bool) -> Launch:
