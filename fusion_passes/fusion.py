@@ -27,7 +27,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class Because(str):
-    """A reason with a hint: what would make the site match. `guard` and `profit` may return one, exceptions hold one.
+    """A reason with a hint: what would make the site match. `guard` and `profit` may return one.
 
     Attributes:
         hint: what the author of the model, or the caller, can do about it.
@@ -41,14 +41,23 @@ class Because(str):
         return made
 
 
-class NearMiss(Exception):
-    """The subgraph at an anchor is not what the fusion computes; the message says where the likeness ends.
+class _Reasoned(Exception):
+    """An exception whose message is a reason, a `Because` where there is a hint.
 
-    It may be a `Because`, as that of a `Refusal`.
+    Args:
+        reason: the message; one that has a hint keeps it.
+        hint: what would help, where the author of the model or the caller can do something about it.
     """
 
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(Because(reason, hint) if hint else reason)
 
-class Refusal(Exception):
+
+class NearMiss(_Reasoned):
+    """The subgraph at an anchor is not what the fusion computes; the message says where the likeness ends."""
+
+
+class Refusal(_Reasoned):
     """The subgraph means what the fusion computes but must not be replaced; the message says why."""
 
 

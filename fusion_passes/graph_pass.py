@@ -160,8 +160,9 @@ class FusionPass(CustomGraphPass):
             reason = guards.common_reason(fusion, site, context) or fusion.guard(site, context)
             if reason is None and not self.settings.always_profitable:
                 reason = fusion.profit(site, context)
-                if reason is not None and not isinstance(reason, Because):
-                    reason = Because(reason, _ANYWAY)
+                if reason is not None:
+                    own = f"{reason.hint}; " if isinstance(reason, Because) and reason.hint else ""
+                    reason = Because(reason, own + _ANYWAY)
             if drawing is not None:
                 self._sketched[fusion.name, anchor.name] = drawing
             reason = reason or _bisected_away(fusion, anchor)

@@ -8,7 +8,7 @@ import torch
 from torch._inductor import config as inductor_config
 from torch.fx import Node
 
-from fusion_passes import cone
+from fusion_passes import advice, cone
 from fusion_passes.fusion import Because, Context, Fusion, Reason, Site, dtype_name
 from fusion_passes.records import source_of
 
@@ -27,7 +27,9 @@ def common_reason(fusion: Fusion, site: Site, context: Context) -> Reason:
 def devices(site: Site) -> Reason:
     """All leaves and the result live on one device."""
     found = {str(n.meta["val"].device) for n in (*site.leaves.values(), *site.outputs)}
-    return f"its tensors live on different devices: {', '.join(sorted(found))}" if len(found) > 1 else None
+    if len(found) == 1:
+        return None
+    return Because(f"its tensors live on different devices: {', '.join(sorted(found))}", "move them to one device")
 
 
 def dtypes(fusion: Fusion, site: Site) -> Reason:
@@ -36,7 +38,8 @@ def dtypes(fusion: Fusion, site: Site) -> Reason:
         dtype = leaf.meta["val"].dtype
         if dtype not in fusion.dtypes:
             allowed = ", ".join(dtype_name(d) for d in fusion.dtypes)
-            return f"{name} is {dtype_name(dtype)}; the fused op reads {allowed}"
+            reason = f"{name} is {dtype_name(dtype)}; the fused op reads {allowed}"
+            return Because(reason, advice.stored(name, fusion.dtypes))
     return None
 
 
@@ -72,9 +75,10 @@ def escapes(site: Site, context: Context) -> Reason:
             what = f"an intermediate ({node.name}, {_what(node)})"
             if user.op == "output":
                 reason = f"{what} is returned by the graph or saved for the backward pass"
-                return Because(reason, "call the model under torch.no_grad() if no gradient is needed")
+                return Because(reason, advice.KEPT)
             where = source_of(user)
-            return f"{what} is used elsewhere, by {user.name}{f' at {where}' if where else ''}"
+            reason = f"{what} is used elsewhere, by {user.name}{f' at {where}' if where else ''}"
+            return Because(reason, "have that use read what the fusion reads or returns, if the model can do without")
     return None
 
 
@@ -96,7 +100,9 @@ def mutations(site: Site, context: Context) -> Reason:
         if first < order[writer] < last:
             for node in writer.all_input_nodes:
                 if _storage(node) in storages:
-                    return f"{storages[_storage(node)]} is written by {writer.name} between its read and its use"
+                    name = storages[_storage(node)]
+                    reason = f"{name} is written by {writer.name} between its read and its use"
+                    return Because(reason, f"write to {name} before it is read, or after the last use")
     return None
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Graph, Node
 
+from fusion_passes import advice
 from fusion_passes.access import AxisMap
 from fusion_passes.fusion import Refusal
 from fusion_passes.rewrite import call, size
@@ -59,7 +60,7 @@ def refine_shape(maps: Sequence[AxisMap], shape: Sequence[int], static: Sequence
             if large % small:
                 raise Refusal(f"its operands divide an axis of size {length} at {small} and at {large}")
         if not static[axis] and len(ordered) > 2:
-            raise Refusal("an axis of symbolic size is divided")
+            raise Refusal("an axis of symbolic size is divided", advice.STATIC)
         inner_first = [Piece(axis, small, large // small, static[axis]) for small, large in zip(ordered, ordered[1:])]
         pieces[axis] = inner_first[::-1]
     return pieces
@@ -136,5 +137,5 @@ def _split(graph: Graph, leaf: Node, parts: Sequence[SubAxis]) -> Node:
             length = shape[part.leaf_axis]
             lengths.append(length // torch.Size(others).numel() if isinstance(length, int) else -1)
     if sum(isinstance(n, int) and n == -1 for n in lengths) > 1:
-        raise Refusal(f"more than one part of {leaf.name} has a size that is not known")
+        raise Refusal(f"more than one part of {leaf.name} has a size that is not known", advice.STATIC)
     return call(graph, aten.reshape.default, leaf, lengths)

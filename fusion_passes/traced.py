@@ -31,8 +31,8 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fusion_passes import advice, overlay, probe, rewrite
 from fusion_passes import aten as semantics
-from fusion_passes import overlay, probe, rewrite
 from fusion_passes.evaluate import Evaluator, hashed
 from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Site
 from fusion_passes.sizes import Sizes
@@ -152,14 +152,14 @@ class _Pattern:
     def match(self, anchor: Node, context: Context) -> Site:
         """The site around `anchor`, proved for every assignment of sizes."""
         assert self.example is not None
-        missed = f"nothing that uses it looks like the search function of {self.name}"
+        missed = NearMiss(f"nothing that uses it looks like the search function of {self.name}")
         for laid in overlay.candidates(_result(self.example), anchor):
             for root, leaves in itertools.islice(self._readings(laid), _MOST_READINGS):
                 try:
                     return self._prove(anchor, root, leaves, context)
                 except NearMiss as reason:
-                    missed = str(reason)
-        raise NearMiss(missed)
+                    missed = reason
+        raise missed
 
     def _readings(self, laid: overlay.Overlay) -> Iterator[tuple[Node, list[Node]]]:
         """Every choice of a result and of leaves: the furthest apart first, which leaves the fewest nodes behind."""
@@ -206,7 +206,7 @@ class _Pattern:
             return made
         symbolic = [n for n in wanted if not isinstance(n, int)]
         if len(symbolic) > 1:
-            raise NearMiss(f"its result is reshaped to several symbolic sizes: {list(wanted)}")
+            raise NearMiss(f"its result is reshaped to several symbolic sizes: {list(wanted)}", advice.STATIC)
         return rewrite.call(graph, aten.reshape.default, made, [n if isinstance(n, int) else -1 for n in wanted])
 
 

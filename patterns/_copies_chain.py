@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from fusion_passes import advice
 from fusion_passes.fusion import NearMiss, Refusal
 from fusion_passes.patterns._copies_aliases import is_dead, is_mutation, uses
 from fusion_passes.patterns._copies_readers import Readers
@@ -204,7 +205,8 @@ def _returned_copy(graph: Graph, node: Node) -> Node:
     """A copy of a version with its shape and strides, at the place where it stands."""
     value = node.meta["val"]
     if not all(isinstance(n, int) for n in (*value.shape, *value.stride())):
-        raise Refusal(f"{node.name}, which would be the input itself, is returned, and its sizes are symbolic")
+        reason = f"{node.name}, which would be the input itself, is returned, and its sizes are symbolic"
+        raise Refusal(reason, f"do not return it, or {advice.STATIC}")
     with graph.inserting_before(node.next):
         form = list(value.shape), list(value.stride())
         buffer = call(graph, aten.empty_strided.default, *form, dtype=value.dtype, device=value.device)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fusion_passes import advice
 from fusion_passes import aten as semantics
 from fusion_passes.fusion import NearMiss, dtype_name
 from fusion_passes.patterns._axis_factors import PLAIN, TIME, Factor, Layout
@@ -25,6 +26,8 @@ from fusion_passes.sizes import Sizes
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
+# What to do about other dtypes and roundings inside of the rule.
+IN_FLOAT32 = "cast q, k, v, the gate and beta to float32 before the rule, and its results behind it"
 MOST_NODES = 65536
 _STATE = 1 << 62  # depends on the initial state
 
@@ -130,7 +133,8 @@ def walk(roots: Sequence[Node], stop: Stop) -> tuple[list[Node], dict[Node, Leaf
         else:
             inside[node] = False
             if len(inside) > MOST_NODES:
-                raise NearMiss(f"it is made of more than {MOST_NODES} nodes")
+                hint = f"divide the sequence into fewer, longer chunks, or {advice.LOOP}"
+                raise NearMiss(f"it is made of more than {MOST_NODES} nodes", hint)
             stack += [n for n in reversed(node.all_input_nodes) if n not in inside]
     return order, frontier
 
@@ -272,7 +276,8 @@ def check_arithmetic(nodes: Sequence[Node], depends: Mapping[Node, int], results
         dtype = node.meta["val"].dtype
         _check_target(node, depends)
         if not dtype.is_floating_point or dtype.itemsize not in (2, 4):
-            raise NearMiss(f"{node.name} is computed in {dtype_name(dtype)}; the kernel computes in float32")
+            reason = f"{node.name} is computed in {dtype_name(dtype)}; the kernel computes in float32"
+            raise NearMiss(reason, IN_FLOAT32)
         sources = [n for n in node.all_input_nodes if depends.get(n)]
         if _moves(node) and sources[0] in exact and _itemsize(sources[0]) <= dtype.itemsize:
             exact.add(node)
@@ -281,7 +286,8 @@ def check_arithmetic(nodes: Sequence[Node], depends: Mapping[Node, int], results
             if narrow:
                 raise NearMiss(
                     f"{narrow[0].name} is rounded to {dtype_name(narrow[0].meta['val'].dtype)} around a sum or matrix "
-                    "product; the kernel keeps it in float32"
+                    "product; the kernel keeps it in float32",
+                    IN_FLOAT32,
                 )
         elif dtype.itemsize < 4 and node not in results and node.target not in _MOVERS - semantics.CASTS:
             roundings.append(node)

@@ -14,8 +14,10 @@ from typing import Any
 from torch.fx import Node
 
 from fusion_passes.access import AxisMap
+from fusion_passes.advice import listed
 from fusion_passes.fusion import NearMiss, Refusal
 from fusion_passes.layout import Piece, refine
+from fusion_passes.ops.gate_cumsum import CHUNK_SIZES
 from fusion_passes.patterns._gate import Gate
 from fusion_passes.sizes import Sizes
 
@@ -107,7 +109,8 @@ def roles(
     channel = tuple(axis for axis in free if axis not in head and (axis in biased or axis == innermost))
     batch = tuple(axis for axis in free if axis not in head and axis not in channel)
     if chunk is None and shape.count(1) < (1 if batch else 2):
-        raise NearMiss(f"the cumsum runs over the whole sequence of {shape[time]}, not over chunks of it")
+        hint = f"a gate is summed within chunks: unflatten its tokens into chunks of {listed(CHUNK_SIZES)}"
+        raise NearMiss(f"the cumsum runs over the whole sequence of {shape[time]}, not over chunks of it", hint)
     return Axes(batch, chunk, time, head, channel)
 
 

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
+from fusion_passes import advice, cone, premises
 from fusion_passes import aten as semantics
-from fusion_passes import cone, premises
 from fusion_passes.evaluate import constant, hashed
-from fusion_passes.fusion import Context, NearMiss
+from fusion_passes.fusion import Because, Context, NearMiss
 from fusion_passes.patterns._head_gate_product import FLOATS, is_move, side_of, without_views
 from fusion_passes.probe import agree, sample, solve_scale
 from fusion_passes.sizes import Sizes, Unsupported
@@ -68,7 +68,8 @@ def find(product: Node, context: Context) -> Scaling:
             failure = miss
     if isinstance(failure, NearMiss):
         raise failure
-    raise NearMiss(f"its product ({product.name}) is not scaled: {_fate(product)}")
+    fate = _fate(product)
+    raise NearMiss(f"its product ({product.name}) is not scaled: {fate}", fate.hint)
 
 
 def _chain(product: Node, sizes: Sizes) -> Iterator[Node]:
@@ -106,7 +107,7 @@ def _prove(product: Node, chain: tuple[Node, ...], context: Context) -> Scaling:
     premises.check_linear({product}, whole.interior)
     premises.check_constants(premises.dependents({product}, whole.interior), leaves, context.sizes)
     if len(proofs) > 1:
-        raise NearMiss("its constant factor depends on a size that is symbolic")
+        raise NearMiss("its constant factor depends on a size that is symbolic", advice.STATIC)
     narrow = [n for n in whole.interior if n is not root and n.meta["val"].dtype.itemsize < 4 and _rounds(n)]
     return Scaling(root, chain, frozenset(whole.interior), q, proofs.pop(), tuple(narrow))
 
@@ -173,16 +174,16 @@ def _scale(root: Node, product: Node, q: Node | None, sizes: Sizes) -> float:
     return scale
 
 
-def _fate(node: Node) -> str:
+def _fate(node: Node) -> Because:
     """Where a product goes, in words."""
     while True:
         if len(node.users) > 1 and any(user.op == "output" for user in node.users):
-            return "it is returned by the graph or saved for the backward pass"
+            return Because("it is returned by the graph or saved for the backward pass", advice.KEPT)
         if len(node.users) != 1:
-            return f"{len(node.users)} nodes use it"
+            return Because(f"{len(node.users)} nodes use it")
         node = next(iter(node.users))
         if not is_move(node):
-            return f"it goes to {node.name} ({_what(node)})"
+            return Because(f"it goes to {node.name} ({_what(node)})")
 
 
 def _what(node: Node) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
+from fusion_passes import advice
 from fusion_passes import aten as semantics
 from fusion_passes.evaluate import Evaluator, constant
 from fusion_passes.fusion import NearMiss, dtype_name
@@ -124,7 +125,8 @@ def _step(node: Node, sizes: Sizes) -> tuple[Node, Step | None] | None:
         if small is not None and sizes.numel(small) * 8 <= sizes.numel(node):
             raise NearMiss(
                 f"it is scaled by {small.name}, a tensor of shape {list(small.meta['val'].shape)}; the kernel takes "
-                "one scale for the whole tensor"
+                "one scale for the whole tensor",
+                "quantize the whole tensor with one scale, of one element",
             )
         return None
     numbers = [number_or_node(arg, sizes) for arg in operands]
@@ -228,7 +230,8 @@ def text(steps: tuple[Step, ...], dtype: torch.dtype) -> tuple[str, Node | None]
     kinds = ["scale" if step.scale is not None else step.kind for step in merged]
     if len(set(kinds)) < len(kinds):
         names = ", ".join(map(str, merged))
-        raise NearMiss(f"it takes the steps {names}; the kernel takes one scale, number and clamp")
+        hint = "multiply factors with each other before they meet the key, outside of what is compiled"
+        raise NearMiss(f"it takes the steps {names}; the kernel takes one scale, number and clamp", hint)
     scale = next((step.scale for step in merged if step.scale is not None), None)
     return " ".join(map(str, merged)), scale
 
@@ -249,7 +252,8 @@ def check_dtypes(chain: tuple[Node, ...]) -> torch.dtype:
             if not behind or value.dtype != result:
                 raise NearMiss(f"it passes through {dtype_name(value.dtype)} before its cast to {dtype_name(result)}")
         elif value.dtype not in FLOATS:
-            raise NearMiss(f"it is computed in {dtype_name(value.dtype)}; the kernel computes in float32")
+            hint = f"compute it in {advice.listed(FLOATS)}"
+            raise NearMiss(f"it is computed in {dtype_name(value.dtype)}; the kernel computes in float32", hint)
         else:
             behind = False
     return result

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
+from fusion_passes import advice
 from fusion_passes import aten as semantics
 from fusion_passes.access import Atom, AxisMap, LeafAxis, factor_axes
 from fusion_passes.fusion import Context, NearMiss
@@ -101,7 +102,7 @@ def prove(root: Node, context: Context) -> Key | None:
             return None
         keys.append(_prove(root, chain, sizes))
     if any(_form(key) != _form(keys[0]) for key in keys[1:]):
-        raise NearMiss("it is a key for some sizes only")
+        raise NearMiss("it is a key for some sizes only", advice.STATIC)
     return keys[0]
 
 
@@ -120,7 +121,8 @@ def _prove(root: Node, chain: Chain, sizes: Sizes) -> Key:
         forms.append(text((*part.chain.steps, *chain.steps), dtype))
     if forms[0] != forms[1]:
         (left, _), (right, _) = forms
-        raise NearMiss(f"its parts take different steps before the cast: {left or 'none'} and {right or 'none'}")
+        reason = f"its parts take different steps before the cast: {left or 'none'} and {right or 'none'}"
+        raise NearMiss(reason, "scale, clamp and cast the whole key, after its parts are put together")
     steps, scale = forms[0]
     held = (scale,) if scale is not None else ()
     root_map = factor_axes(root, build.frame, sizes, stop=held) if root is not build.frame else _identity(root, sizes)

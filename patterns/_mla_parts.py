@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fusion_passes import advice
 from fusion_passes import aten as semantics
 from fusion_passes.access import AxisMap, trace_access
 from fusion_passes.axes import fit_axes
@@ -242,7 +243,7 @@ def dtype_of(parts: Sequence[Part]) -> torch.dtype:
     found = {part.leaf.meta["val"].dtype for part in parts}
     names = ", ".join(sorted(map(dtype_name, found)))
     if len(found) > 1:
-        raise NearMiss(f"its parts have different dtypes: {names}")
+        raise NearMiss(f"its parts have different dtypes: {names}", advice.stored("both parts alike", FLOATS))
     (dtype,) = found
     if dtype in FLOAT8 or dtype not in FLOATS:
         raise NearMiss(f"its parts are {names} already")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from fusion_passes import rewrite
+from fusion_passes import advice, rewrite
 from fusion_passes.access import AxisMap
 from fusion_passes.fusion import Refusal
 from fusion_passes.layout import Piece
@@ -43,7 +43,7 @@ class Lengths:
                     found = rewrite.size(graph, leaf, axis)
                     assert isinstance(found, Node)
                     return found
-        raise Refusal(f"the size {size} is no size of an operand")
+        raise Refusal(f"the size {size} is no size of an operand", advice.STATIC)
 
 
 def relabel(graph: Graph, node: Node, have: Labels, want: Labels, length: Lengths) -> Node:
@@ -70,7 +70,7 @@ def relabel(graph: Graph, node: Node, have: Labels, want: Labels, length: Length
 def _reshape(graph: Graph, node: Node, axes: Labels, length: Lengths) -> Node:
     symbolic = [i for i, axis in enumerate(axes) if not all(isinstance(length.known[label], int) for label in axis)]
     if any(len(axes[i]) > 1 for i in symbolic[1:]) or (len(symbolic) > 1 and len(axes[symbolic[0]]) > 1):
-        raise Refusal(f"more than one size of {node.name} is not known")
+        raise Refusal(f"more than one size of {node.name} is not known", advice.STATIC)
     lengths: list[int | Node] = []
     for i, axis in enumerate(axes):
         if i not in symbolic:

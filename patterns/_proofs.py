@@ -29,13 +29,13 @@ class Proofs(Generic[T]):
             try:
                 self._known[key] = prove()
             except NearMiss as miss:
-                self._known[key] = NearMiss(str(miss))
+                self._known[key] = NearMiss(miss.args[0])
             if len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
         known = self._known[key]
         if isinstance(known, NearMiss):
-            raise NearMiss(str(known))
+            raise NearMiss(known.args[0])
         return known
 
     def clear(self) -> None:

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from fusion_passes import aten as semantics
 from fusion_passes import cone
-from fusion_passes.fusion import Reason
+from fusion_passes.fusion import Because, Reason
 from fusion_passes.patterns._qkv_windows import root_of
 from fusion_passes.views import is_alias
 
@@ -55,7 +55,8 @@ def by_neighbours(read: Node, copies: list[Node]) -> Reason:
     for copy in copies:
         for user in consumers(copy):
             if _is_ours(user):
-                return f"{user.name} ({_what(user)}) takes strides: it can read its window without any copy"
+                reason = f"{user.name} ({_what(user)}) takes strides: it can read its window without any copy"
+                return Because(reason, "leave out the .contiguous() before it")
             if not is_opaque(user):
                 return f"{_what(user)} ({user.name}) consumes a window, and Inductor fuses the copy into it"
     return None

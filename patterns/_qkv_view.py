@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Graph, Node
 
+from fusion_passes import advice
 from fusion_passes.fusion import Refusal
 from fusion_passes.patterns._qkv_windows import Axis, Window, head_major, rows_of, source_of_copy
 from fusion_passes.rewrite import call, known_size, size
@@ -109,7 +110,7 @@ def _check(view: Node, root: Node, leaf: Node, proofs: Sequence[tuple[Sizes, Seq
             same = same and all(n == 1 or a == b for (n, a), b in zip(wanted, strides))
             same = same and sizes.offset(view) - sizes.offset(root) == run[0].offset
         if not same:
-            raise Refusal("the windows lie elsewhere for other sizes")
+            raise Refusal("the windows lie elsewhere for other sizes", advice.STATIC)
 
 
 def _told_apart(rows: Group) -> list[Group]:
@@ -181,7 +182,7 @@ def _reshaped(graph: Graph, node: Node, lengths: Sequence[int | Node]) -> Node:
     if len(shape) == len(lengths):
         return node
     if sum(isinstance(n, int) and n < 0 for n in lengths) > 1:
-        raise Refusal(f"more than one axis of {node.name} has a size that is not known")
+        raise Refusal(f"more than one axis of {node.name} has a size that is not known", advice.STATIC)
     return call(graph, aten.reshape.default, node, list(lengths))
 
 
@@ -197,7 +198,7 @@ def _sliced(
     if end is None:
         return call(graph, aten.slice.Tensor, node, axis, group.start, group.start + group.size)
     if group.start:
-        raise Refusal("the windows begin and end in the middle of an axis of symbolic size")
+        raise Refusal("the windows begin and end in the middle of an axis of symbolic size", advice.STATIC)
     return call(graph, aten.slice.Tensor, node, axis, 0, end)
 
 
@@ -212,4 +213,4 @@ def _size_of_rows(graph: Graph, run: Sequence[Window], length: int, stride: int,
             return symbolic if isinstance(symbolic, Node) else None
     if all(isinstance(n, int) for n in source.meta["val"].shape):
         return None
-    raise Refusal("the windows read a part of several axes of symbolic size")
+    raise Refusal("the windows read a part of several axes of symbolic size", advice.STATIC)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch.fx import Node
 
+from fusion_passes import advice
 from fusion_passes import aten as semantics
 from fusion_passes.fusion import NearMiss
 from fusion_passes.sizes import Sizes
@@ -23,6 +24,8 @@ from fusion_passes.views import is_alias
 aten = torch.ops.aten
 
 COPIES = (aten.clone.default, aten.copy.default)
+# What to do where the copies disagree.
+ONE_ORDER = "copy all windows with batch, tokens and heads in the same order"
 
 # (size, stride in elements) of an axis
 Axis = tuple[int, int]
@@ -152,7 +155,8 @@ def read_window(copy: Node, root: Node, sizes: Sizes) -> Window:
     heads = outer[headed[0]][0] if headed else 1
     repeats = outer[repeated[0]][0] if repeated else 1
     if step != 1 and outer[rows[-1]][1] != 1:
-        raise NearMiss(f"in what {name} reads, neither neighbouring channels nor neighbouring tokens are adjacent")
+        reason = f"in what {name} reads, neither neighbouring channels nor neighbouring tokens are adjacent"
+        raise NearMiss(reason, advice.adjacent(root.name, "channels"))
     return Window(copy, offset, tuple(outer[i] for i in rows), step, heads, dim, repeats, head_major)
 
 
@@ -198,7 +202,8 @@ def adjacent(windows: Sequence[Window], chosen: Node) -> list[Window]:
             runs.append([window])
     (run,) = (r for r in runs if any(w.copy is chosen for w in r))
     if len(run) == 1 < len(alike):
-        raise NearMiss(f"{len(alike)} windows of one tensor are copied, but they leave gaps between them")
+        hint = "order the rows of the weight so that what is copied lies side by side"
+        raise NearMiss(f"{len(alike)} windows of one tensor are copied, but they leave gaps between them", hint)
     _check_rows(run)
     return run
 
@@ -221,9 +226,9 @@ def head_major(run: Sequence[Window]) -> bool:
     """
     orders = {w.head_major for w in run} - {None}
     if len(orders) > 1:
-        raise NearMiss("some windows have their heads before the tokens and others behind them")
+        raise NearMiss("some windows have their heads before the tokens and others behind them", ONE_ORDER)
     if len({w.rows for w in run if w.head_major}) > 1:
-        raise NearMiss("some windows have their heads before the batch and others behind it")
+        raise NearMiss("some windows have their heads before the batch and others behind it", ONE_ORDER)
     return orders == {True}
 
 

@@ -33,8 +33,8 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Graph, Node
 
+from fusion_passes import advice, rewrite
 from fusion_passes import aten as semantics
-from fusion_passes import rewrite
 from fusion_passes.fusion import Because, Context, Fusion, NearMiss, Reason, Site
 from fusion_passes.lowering import contiguous_strides
 from fusion_passes.ops import chunk_delta_rule as op
@@ -63,7 +63,7 @@ def match(anchor: Node, context: Context) -> Site | None:
     sites = [one for one in found if one is not None]
     meanings = [(one[1].tokens, one[1].head_first, one[4]) for one in sites]
     if len(sites) < len(found) or any(meaning != meanings[0] for meaning in meanings):
-        raise NearMiss("it is a delta rule for some sizes only")
+        raise NearMiss("it is a delta rule for some sizes only", advice.STATIC)
     return _site(anchor, *sites[0], context.sizes[0])
 
 
@@ -79,8 +79,7 @@ def _found(anchor: Node, sizes: Sizes) -> tuple[Assembly, Output, Region, Node |
         raise NearMiss("its chunks are not put together to one row per token and head")
     if not isinstance(out.node.meta["val"].shape[2 if out.head_first else 1], int):
         reason = "the number of tokens is symbolic, while the loop over chunks is unrolled when it is traced"
-        hint = "compile for a fixed number of tokens, or bind a Hugging Face model: fusion_passes.transformers.bind"
-        raise NearMiss(Because(reason, hint))
+        raise NearMiss(reason, f"compile for a fixed number of tokens, or {advice.LOOP}")
     failure: Exception | None = None
     for leaves, part in regions(assembly, out.tokens, assembly.pieces, sizes):
         try:
@@ -204,9 +203,10 @@ def _interior(outputs: Sequence[Node], leaves: set[Node]) -> set[Node]:
 
 def guard(site: Site, context: Context) -> Reason:
     """The kernels have a few head dims."""
-    for name, width in zip(("K", "V"), site.params["widths"]):
+    for name, tensors, width in zip(("K", "V"), ("q and k", "v"), site.params["widths"]):
         if width not in DIMS:
-            return f"{name} is {width}; the kernels have {', '.join(map(str, DIMS))}"
+            reason = f"{name} is {width}; the kernels have {', '.join(map(str, DIMS))}"
+            return Because(reason, advice.padded(tensors, width, DIMS))
     return None
 
 

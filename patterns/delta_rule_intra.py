@@ -33,9 +33,9 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fusion_passes import advice, rewrite
 from fusion_passes import aten as semantics
-from fusion_passes import rewrite
-from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Refusal, Site
+from fusion_passes.fusion import Because, Context, Fusion, NearMiss, Reason, Refusal, Site
 from fusion_passes.ops import delta_rule_intra as op
 from fusion_passes.ops._delta_rule_intra_checks import CHUNKS, MOST_CHANNELS
 from fusion_passes.patterns import _delta_rule_operands as operands
@@ -69,7 +69,7 @@ def match(anchor: Node, context: Context) -> Site | None:
     for sizes in context.sizes[1:]:
         again = _found(anchor, sizes, found)
         if again is None or _identity(*again, sizes) != first:
-            raise NearMiss("it is a delta rule for some sizes only")
+            raise NearMiss("it is a delta rule for some sizes only", advice.STATIC)
     return _site(anchor, *found, context.sizes[0])
 
 
@@ -100,7 +100,7 @@ def _found(anchor: Node, sizes: Sizes, before: Found | None) -> Found | None:
         strange = strange or unlike(nodes, tokens)
     if failure is None and strange is None:
         return None
-    raise failure or NearMiss(strange)
+    raise failure or NearMiss(strange or "")
 
 
 def _site(anchor: Node, found: Parts, meaning: Meaning, pairs: Pairs | None, sizes: Sizes) -> Site:
@@ -172,14 +172,17 @@ def guard(site: Site, context: Context) -> Reason:
     """The kernels have a few chunk sizes, and head dims and heads that are known."""
     length = site.params["frame"].size["c"]
     if length not in CHUNKS:
-        return f"its chunks have {length} tokens; the kernels have {', '.join(map(str, CHUNKS))}"
-    for name, width in zip(("K", "V"), site.params["widths"]):
+        reason = f"its chunks have {length} tokens; the kernels have {', '.join(map(str, CHUNKS))}"
+        return Because(reason, f"divide the sequence into chunks of {advice.listed(CHUNKS)} tokens")
+    for name, tensors, width in zip(("K", "V"), ("q and k", "v"), site.params["widths"]):
         if width % 16 or not 16 <= width <= MOST_CHANNELS:
-            return f"{name} is {width}; the kernels have multiples of 16 up to {MOST_CHANNELS}"
+            reason = f"{name} is {width}; the kernels have multiples of 16 up to {MOST_CHANNELS}"
+            return Because(reason, advice.padded(tensors, width, range(16, MOST_CHANNELS + 1, 16)))
     for role, rows in site.params["rows"].items():
         shape = rows.node.meta["val"].shape
         if not all(isinstance(n, int) for n in (shape[1 if rows.head_first else 2], *shape[3:])):
-            return f"the heads of {role} are symbolic; the kernel is compiled for a fixed number"
+            reason = f"the heads of {role} are symbolic; the kernel is compiled for a fixed number"
+            return Because(reason, advice.STATIC)
     return None
 
 
@@ -242,7 +245,7 @@ def _as_in_graph(graph: Graph, node: Node, old: Node, order: str, columns: bool,
     if len(ours) != len(shape) or not all(statically_known_true(a == b) for a, b in zip(ours, shape)):
         wanted = [n if isinstance(n, int) else length if statically_known_true(n == length) else -1 for n in shape]
         if wanted.count(-1) > 1:
-            raise Refusal(f"the shape of {old.name} has more than one symbolic axis")
+            raise Refusal(f"the shape of {old.name} has more than one symbolic axis", advice.STATIC)
         if columns:  # what is dense can be viewed in another shape
             node = _permuted(graph, node, [*range(rank - 2), rank - 1, rank - 2])
             wanted = [*wanted[:-2], wanted[-1], wanted[-2]]

@@ -108,7 +108,10 @@ def _check(scatter: Node, anchor: Node, steps: list[Node]) -> None:
     """
     name = f"{scatter.name} ({getattr(scatter.target, '__name__', scatter.target)})"
     if scatter.target is not aten.scatter.value:
-        raise NearMiss(f"its indices go to {name}, for which their order matters")
+        written = scatter.args[3] if scatter.target is aten.scatter.src else None
+        constant = isinstance(written, Node) and written.target in semantics.FILL_ARGUMENT
+        hint = "write a number, as in scatter(dim, index, 0.0), in place of a tensor" if constant else ""
+        raise NearMiss(f"its indices go to {name}, for which their order matters", hint)
     base, axis, index, number = scatter.args
     in_place = isinstance(base, Node) and isinstance(index, Node) and index in steps and isinstance(axis, int)
     if not in_place or isinstance(number, Node):

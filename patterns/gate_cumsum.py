@@ -40,10 +40,10 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fusion_passes import advice, cone, rewrite
 from fusion_passes import aten as semantics
-from fusion_passes import cone, rewrite
 from fusion_passes.access import AxisMap, factor_axes
-from fusion_passes.fusion import Because, Context, Fusion, NearMiss, Reason, Refusal, Site, dtype_name
+from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Refusal, Site, dtype_name
 from fusion_passes.layout import Piece, SubAxis, arrange, refine_shape, sub_axes
 from fusion_passes.ops import gate_cumsum as op
 from fusion_passes.patterns._gate import Gate, identify
@@ -91,14 +91,15 @@ def _chunk_size(anchor: Node, time: int) -> int:
     if not value.dtype.is_floating_point:
         raise NearMiss(f"the cumsum is over {dtype_name(value.dtype)}, not a gate")
     if value.dtype != torch.float32:
-        raise NearMiss(f"the cumsum accumulates in {dtype_name(value.dtype)}; the kernel in float32")
+        hint = "sum up in float32: .cumsum(dim, dtype=torch.float32)"
+        raise NearMiss(f"the cumsum accumulates in {dtype_name(value.dtype)}; the kernel in float32", hint)
     length = value.shape[time]
     for size in op.CHUNK_SIZES:
         if statically_known_true(length == size):
             return size
     allowed = ", ".join(map(str, op.CHUNK_SIZES))
     hint = "a gate is summed within chunks: unflatten its tokens into chunks of one of these lengths"
-    raise NearMiss(Because(f"the cumsum runs over an axis of {length}; the kernel has chunks of {allowed}", hint))
+    raise NearMiss(f"the cumsum runs over an axis of {length}; the kernel has chunks of {allowed}", hint)
 
 
 def _cuts(root: Node, whole: cone.Cone, time: int, sizes: Sizes) -> Iterator[tuple[Node, list[Node], set[Node]]]:
@@ -162,7 +163,7 @@ def _prove(
         _check_places(root, raw, maps, axes, sizes)
         proofs.append((gate, axes, frame))
     if any(proof != proofs[0] for proof in proofs[1:]):
-        raise NearMiss("it is a gate for some sizes only")
+        raise NearMiss("it is a gate for some sizes only", advice.STATIC)
     return proofs[0]
 
 
@@ -229,7 +230,7 @@ def guard(site: Site, context: Context) -> Reason:
     axes = site.params["axes"]
     for what, positions in (("heads", axes.head), ("channels", axes.channel)):
         if not all(isinstance(shape[axis], int) for axis in positions):
-            return f"its number of {what} is symbolic; the kernel is compiled for a fixed number"
+            return advice.symbolic(what)
     return None
 
 

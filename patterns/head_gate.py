@@ -34,9 +34,9 @@ import math
 import torch
 from torch.fx import Graph, Node
 
-from fusion_passes import rewrite
+from fusion_passes import advice, rewrite
 from fusion_passes.access import factor_axes
-from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Refusal, Site, dtype_name
+from fusion_passes.fusion import Because, Context, Fusion, NearMiss, Reason, Refusal, Site, dtype_name
 from fusion_passes.layout import SubAxis, arrange, refine, sub_axes
 from fusion_passes.ops import head_gate as op
 from fusion_passes.patterns import _head_gate_scaling as scaling_of
@@ -143,7 +143,8 @@ def profit(site: Site, context: Context) -> Reason:
     strides, shape = sizes.strides(operand), sizes.shape(operand)
     along = len(shape) - (2 if product.transposed else 1)
     if strides[along] != 1:
-        return f"neighbouring columns of x ({operand.name}) lie {strides[along]} elements apart; the kernel reads rows"
+        apart = f"neighbouring columns of x ({operand.name}) lie {strides[along]} elements apart"
+        return Because(f"{apart}; the kernel reads rows", advice.adjacent("x"))
     x, weight = (side.leaf.meta["val"].dtype for side in (product.rows, product.weights))
     form = op.form_of(x, weight, _product_dtype(product))
     value = product.node.meta["val"]

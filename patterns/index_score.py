@@ -39,8 +39,8 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fusion_passes import arch, cone, rewrite
-from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Refusal, Site, dtype_name
+from fusion_passes import advice, arch, cone, rewrite
+from fusion_passes.fusion import Because, Context, Fusion, NearMiss, Reason, Refusal, Site, dtype_name
 from fusion_passes.layout import Piece
 from fusion_passes.ops import index_score as op
 from fusion_passes.ops._index_score_checks import FLOATS, LEAST_WIDTH, MOST_HEADS, MOST_WIDTH, OPERANDS, VECTOR
@@ -149,7 +149,7 @@ def _proven(structure: Structure, bottom: Node, context: Context) -> list[Scores
         again = next(iter(s for s in candidates(bottom, sizes) if s.base is structure.base), None)
         other = _prove(again, bottom, sizes) if again is not None else None
         if other is None or (other.sum, other.mask) != (first.sum, first.mask) or _form(other) != _form(first):
-            raise NearMiss("it is an index score for some sizes only")
+            raise NearMiss("it is an index score for some sizes only", advice.STATIC)
         found.append(other)
     return found
 
@@ -252,22 +252,25 @@ def guard(site: Site, context: Context) -> Reason:
     roles: Roles = site.params["scores"].roles
     for what, group in (("heads", roles.heads), ("channels", roles.channels)):
         if len({p.size for p in group if not p.static}):
-            return f"its number of {what} is symbolic; the kernel is compiled for a fixed number"
+            return advice.symbolic(what)
     heads, width = (math.prod(p.size for p in group) for group in (roles.heads, roles.channels))
     if heads > MOST_HEADS:
         return f"it has {heads} heads; the kernel has products of up to {MOST_HEADS}"
     if width % VECTOR or not LEAST_WIDTH <= width <= MOST_WIDTH:
         fit = f"multiples of {VECTOR} from {LEAST_WIDTH} to {MOST_WIDTH}"
-        return f"its heads have {width} channels; the kernel reads {fit}"
+        hint = advice.padded("q and k", width, range(LEAST_WIDTH, MOST_WIDTH + 1, VECTOR))
+        return Because(f"its heads have {width} channels; the kernel reads {fit}", hint)
     q, k = (side.leaf.meta["val"].dtype for side in (roles.query, roles.key))
     if q != k or q not in OPERANDS:
         return f"its products are of {dtype_name(q)} and {dtype_name(k)}; the kernel takes two of the same float"
     for name, leaf in site.leaves.items():
         if name not in ("q", "k", "mask") and leaf.meta["val"].dtype not in FLOATS:
             allowed = ", ".join(map(dtype_name, FLOATS))
-            return f"{name} is {dtype_name(leaf.meta['val'].dtype)}; the fused op reads {allowed}"
+            reason = f"{name} is {dtype_name(leaf.meta['val'].dtype)}; the fused op reads {allowed}"
+            return Because(reason, advice.stored(name, FLOATS))
     if site.replaced.meta["val"].dtype not in FLOATS:
-        return f"its scores are {dtype_name(site.replaced.meta['val'].dtype)}"
+        reason = f"its scores are {dtype_name(site.replaced.meta['val'].dtype)}"
+        return Because(reason, f"compute them in {advice.listed(FLOATS)}")
     device = site.replaced.meta["val"].device
     if device.type != "cuda" and context.settings.reference_on_cpu:
         return None
@@ -308,7 +311,8 @@ def replace(site: Site, graph: Graph) -> Node:
     for name, node in (("q", q), ("k", k)):
         step = node.meta["val"].stride()[-1]
         if not statically_known_true(step == 1):
-            raise Refusal(f"the channels of {name} ({site.leaves[name].name}) lie {step} elements apart in memory")
+            reason = f"the channels of {name} ({site.leaves[name].name}) lie {step} elements apart in memory"
+            raise Refusal(reason, advice.adjacent(name, "channels"))
     kind = mask.kind if offset is None else "causal"
     causal = _difference(graph, k, q) if isinstance(offset, str) else offset or 0
     after = total.k_scale is None and roles.key.scale is None

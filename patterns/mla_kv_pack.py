@@ -39,9 +39,9 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fusion_passes import arch, rewrite
+from fusion_passes import advice, arch, rewrite
 from fusion_passes import aten as semantics
-from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Refusal, Site, dtype_name
+from fusion_passes.fusion import Because, Context, Fusion, NearMiss, Reason, Refusal, Site, dtype_name
 from fusion_passes.layout import Piece
 from fusion_passes.ops import mla_kv_pack as op
 from fusion_passes.ops._mla_kv_pack_checks import LARGEST_WIDTH, VECTOR
@@ -191,15 +191,18 @@ def guard(site: Site, context: Context) -> Reason:
     """The kernel is compiled for fixed heads and columns, and reads rows of neighbouring columns."""
     key: Key = site.params["key"]
     if not all(p.static for p in key.roles.heads):
-        return "its number of heads is symbolic; the kernel is compiled for a fixed number"
+        return advice.symbolic("heads")
     for name, part in zip(("k_nope", "k_pe"), key.parts):
         if part.width % VECTOR or part.width > LARGEST_WIDTH:
-            return f"{name} has {part.width} columns; the kernel moves multiples of {VECTOR} up to {LARGEST_WIDTH}"
+            reason = f"{name} has {part.width} columns; the kernel moves multiples of {VECTOR} up to {LARGEST_WIDTH}"
+            fits = range(VECTOR, LARGEST_WIDTH + 1, VECTOR)
+            return Because(reason, advice.padded(name, part.width, fits, "columns"))
         step = key.memory(part, site.params["sizes"])[key.column(part)]
         if step != 1:
-            return f"the columns of {name} ({part.leaf.name}) lie {step} elements apart; the kernel reads neighbours"
+            reason = f"the columns of {name} ({part.leaf.name}) lie {step} elements apart; the kernel reads neighbours"
+            return Because(reason, advice.adjacent(name))
     if not isinstance(key.build.frame.meta["val"].shape[-1], int):
-        return "its number of columns is symbolic; the kernel is compiled for a fixed number"
+        return advice.symbolic("columns")
     device = site.replaced.meta["val"].device
     if is_cast(key) and (device.type == "cuda" or not context.settings.reference_on_cpu):
         on = arch.of_device(device) if device.type == "cuda" and torch.cuda.is_available() else None
@@ -326,7 +329,7 @@ def _key_as_in_graph(
         whole = statically_known_true(root[atom.root_axis] == atom.size)
         symbolic = not isinstance(root[atom.root_axis], int) and not whole
         if symbolic and sum(a.root_axis == atom.root_axis for a in key.root_map.atoms) > 1:
-            raise Refusal("an axis of symbolic size is divided")
+            raise Refusal("an axis of symbolic size is divided", advice.STATIC)
         digits[index] = root[atom.root_axis] if symbolic else atom.size
     return relabel(graph, node, have, per_root_axis(key.root_map), Lengths(digits, leaves))
 

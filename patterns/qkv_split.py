@@ -36,7 +36,8 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Refusal, Site, dtype_name
+from fusion_passes import advice
+from fusion_passes.fusion import Because, Context, Fusion, NearMiss, Reason, Refusal, Site, dtype_name
 from fusion_passes.ops import qkv_split as op
 from fusion_passes.patterns._qkv_profit import by_neighbours, by_size, consumers
 from fusion_passes.patterns._qkv_view import columns_view
@@ -89,7 +90,7 @@ def match(anchor: Node, context: Context) -> Site | None:
         return None
     split, run = found[0]
     if any(other != split for other, _ in found[1:]):
-        raise NearMiss("they are windows of heads and channels for some sizes only")
+        raise NearMiss("they are windows of heads and channels for some sizes only", advice.STATIC)
     if len(split.copies) < 2 or anchor is not min(split.copies):
         return None
     first, *rest = split.copies
@@ -180,7 +181,9 @@ def guard(site: Site, context: Context) -> Reason:
     # Only heads that are moved apart or repeated are told apart; else the whole window is one.
     for copy, dim in zip(split.copies, split.dims):
         if dim % op.GRANULE:
-            return f"{copy.name} has runs of {dim} channels; the kernel moves multiples of {op.GRANULE}"
+            reason = f"{copy.name} has runs of {dim} channels; the kernel moves multiples of {op.GRANULE}"
+            fits = range(op.GRANULE, dim + op.GRANULE, op.GRANULE)
+            return Because(reason, advice.padded("every head, by rows of the weight,", dim, fits))
     return None
 
 
@@ -231,7 +234,7 @@ def _shaped(graph: Graph, result: Node, copy: Node, known: Node) -> Node:
         places = [(node, axis) for node in (result, known) for axis in range(node.meta["val"].dim())]
         same = [p for p in places if statically_known_true(p[0].meta["val"].shape[p[1]] == length)]
         if not same:
-            raise Refusal(f"{copy.name} has axes of symbolic sizes that are neither batch nor tokens")
+            raise Refusal(f"{copy.name} has axes of symbolic sizes that are neither batch nor tokens", advice.STATIC)
         lengths.append(known_size(graph, *same[0]))
     return call(graph, aten.reshape.default, result, lengths)
 

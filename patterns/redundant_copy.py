@@ -42,8 +42,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.fx import Graph, Node
 
-from fusion_passes import cone, rewrite, verify
-from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Refusal, Site
+from fusion_passes import advice, cone, rewrite, verify
+from fusion_passes.fusion import Because, Context, Fusion, NearMiss, Reason, Refusal, Site
 from fusion_passes.patterns import _copies_chain as chains
 from fusion_passes.patterns import _copies_rotation as rotations
 from fusion_passes.patterns._copies_aliases import aliases, is_mutation, roots
@@ -197,7 +197,7 @@ def _reshaped(source: Node, like: Node) -> Node:
     """A view of `source` with the shape of `like`."""
     shape = [n if isinstance(n, int) else -1 for n in like.meta["val"].shape]
     if shape.count(-1) > 1:
-        raise Refusal(f"{like.name} has several symbolic sizes, and {source.name} another shape")
+        raise Refusal(f"{like.name} has several symbolic sizes, and {source.name} another shape", advice.STATIC)
     view = rewrite.call(source.graph, aten.reshape.default, source, shape)
     if not is_alias(view, source):
         raise Refusal(f"{source.name} cannot be shown with the shape of {like.name} without a copy")
@@ -272,10 +272,12 @@ def guard(site: Site, context: Context) -> Reason:
     returned = [node for node in aliases(copy) if output in node.users]
     if returned:
         if any(root.op != "call_function" for root in roots(source)):
-            return f"{returned[0].name} is returned and would share memory with an input"
+            reason = f"{returned[0].name} is returned and would share memory with an input"
+            return Because(reason, "do not return it: it has the values of the input, which the caller has")
         others = {n for root in roots(source) for n in aliases(root)} - aliases(copy)
         if any(output in node.users for node in others):
-            return f"{returned[0].name} is returned and would share memory with another result"
+            reason = f"{returned[0].name} is returned and would share memory with another result"
+            return Because(reason, "return only one of the two")
     return _written_between(source, copy, context.graph)
 
 
@@ -285,7 +287,8 @@ def _written_between(source: Node, copy: Node, graph: Graph) -> Reason:
     memory = roots(source)
     for node in graph.nodes:
         if is_mutation(node) and source < node < last and any(roots(n) & memory for n in node.all_input_nodes[:1]):
-            return f"{source.name} is written by {node.name} while its copy is in use"
+            reason = f"{source.name} is written by {node.name} while its copy is in use"
+            return Because(reason, f"write to {source.name} after the last use of the copy")
     return None
 
 

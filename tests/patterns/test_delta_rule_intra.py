@@ -301,6 +301,7 @@ def test_symbolic_heads() -> None:
     entry = SPELLINGS["identity_right_hand_side"]
     _, found = passed(entry.function, *entry.inputs(value_heads=3, key_heads=3), symbolic=True)
     assert ["the heads of k are symbolic" in text for _, text in ours(found)] == [True]
+    assert ["mark_static" in record.hint for record in found if record.fusion == NAME] == [True]
 
 
 def test_a_dropped_rounding_follows_inductor() -> None:
