@@ -11,6 +11,7 @@ import torch
 
 from fusion_passes import tuning
 from tests.support.gate_cumsum import expected, launch, per_token
+from tests.support.programs import target_for
 
 SERIAL, TILE = "rows=8,serial=1", "rows=16,lanes=16,serial=0"
 
@@ -162,12 +163,11 @@ def test_bounds_out_of_range_touch_no_other_memory(bounds: list[int], with_indic
     guarded = torch.full((3 * tokens, 16), 7.0)
     indices = torch.tensor([[-5, 0], [10**9, 1], [0, -(10**9)], [0, 2**62], [1, 1]]) if with_indices else None
     args = (raw, a_log, bias, 1, 16, None, 1.0, 1.0, 20.0, False, "bnchk", torch.tensor(bounds), indices)
-    from fusion_passes.arch import by_name
-    from fusion_passes.lowering import Operand, Output, Target
+    from fusion_passes.lowering import Operand, Output
     from fusion_passes.ops.gate_cumsum import plan
     from fusion_passes.plans import operand_of
 
-    chosen = plan(Target(by_name("sm_90"), int), *map(operand_of, args))
+    chosen = plan(target_for(raw.device), *map(operand_of, args))
     values = {n: v.handle if isinstance(v, Operand) else v for n, v in chosen.args.items()}
     name = next(n for n, v in chosen.args.items() if isinstance(v, Output))
     values[name] = guarded[tokens : 2 * tokens]

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from fusion_passes import tuning
-from fusion_passes.arch import by_name
 from fusion_passes.eager import run
-from fusion_passes.lowering import Program, Target
+from fusion_passes.lowering import Program
 from fusion_passes.ops._head_gate_kernel import TOKEN
 from fusion_passes.ops.head_gate import plan
 from fusion_passes.plans import operand_of
 from tests.support.head_gate import BF16, F16, F32, FORMS, Arguments, check, draw, expected, launch, special_values
+from tests.support.programs import target_for
 
 WHOLE = "rows=16,heads=16,depth=64,splits=1,warps=4,stages=2,tensor=1"
 SHARED = "rows=16,heads=16,depth=32,splits=5,warps=4,stages=2,tensor=1"
@@ -105,7 +105,7 @@ def test_scratch_memory_may_hold_anything_and_keeps_no_flag() -> None:
     args = draw(1, 20, form="split_weight")
     wanted = launch(args, SHARED)
     with tuning.overriding(head_gate=SHARED):
-        program = Program.of(plan(Target(by_name("sm_90"), int), *map(operand_of, args.positional())))
+        program = Program.of(plan(target_for(args.x.device), *map(operand_of, args.positional())))
     flags = next(output for output in program.written if output.dtype == torch.int64)
     for content in (0, 1, -1, 2**62, TOKEN.value - 1):
         tensors = {output: torch.full(output.shape, content, dtype=output.dtype) for output in program.written}

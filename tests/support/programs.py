@@ -22,13 +22,17 @@ def poison(memory: torch.Tensor) -> torch.Tensor:
     return memory.fill_(math.nan if memory.is_floating_point() else torch.iinfo(memory.dtype).max)
 
 
+def target_for(device: torch.device, arch: str = "sm_90", inlined: bool = False) -> Target:
+    """What to plan for where launches run on this device; a CPU stands for the interpreter."""
+    chosen = by_name(arch)
+    # Programmatic dependent launch is an instruction of GPUs, which the interpreter does not have.
+    return Target(chosen if device.type == "cuda" else dataclasses.replace(chosen, pdl=False), int, inlined)
+
+
 def run(plan: Plan, args: tuple[Any, ...], arch: str = "sm_90", inlined: bool = False) -> tuple[torch.Tensor, ...]:
     """The results of the op, computed by its kernels: what no kernel wrote is NaN, scratch memory too."""
     device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
-    on_gpu = device.type == "cuda"
-    # Programmatic dependent launch is an instruction of GPUs, which the interpreter does not have.
-    target_arch = by_name(arch) if on_gpu else dataclasses.replace(by_name(arch), pdl=False)
-    program = Program.of(plan(Target(target_arch, int, inlined), *map(operand_of, args)))
+    program = Program.of(plan(target_for(device, arch, inlined), *map(operand_of, args)))
     tensors = {
         output: poison(torch.empty_strided(output.shape, output.strides, dtype=output.dtype, device=device))
         for output in program.written
