@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from fusion_passes import advice
 from fusion_passes.fusion import NearMiss, Refusal
-from fusion_passes.patterns._copies_aliases import is_dead, is_mutation, uses
+from fusion_passes.patterns._copies_aliases import is_dead, is_mutation, roots, uses
 from fusion_passes.patterns._copies_readers import Readers
 from fusion_passes.patterns._copies_rotation import Rotation, emit
 from fusion_passes.patterns._copies_values import Value, Values, Write, is_write
@@ -94,6 +94,8 @@ def rotated(rotation: Rotation, final: Value, epilogue: Node | None, values: Val
     """
     tensor, everything = final.origin, _versions(final.origin, final, values)
     last = max(write.node for write in final.writes)
+    for factor in (rotation.cos, rotation.sin):
+        _check_unwritten(factor, last)
     write = Write(last, rotation.pairs.window)
     between = {n for n, v in everything.items() if 0 < len(v.writes) < len(final.writes)}
     versions = {
@@ -113,6 +115,18 @@ def rotated(rotation: Rotation, final: Value, epilogue: Node | None, values: Val
     earlier = {late: tuple(nodes) for late, nodes in readers.earlier.items()}
     copied = returned if epilogue is not None else ()
     return Chain(tensor, (write,), versions, epilogue, frozenset(), copied, earlier, rotation)
+
+
+def _check_unwritten(factor: Node, place: Node) -> None:
+    """The rotation at `place` reads what `factor` held where the graph has it.
+
+    Raises:
+        Refusal: its memory is written in between.
+    """
+    memory = roots(factor)
+    for node in factor.graph.nodes:
+        if factor < node < place and is_mutation(node) and roots(node.all_input_nodes[0]) & memory:
+            raise Refusal(f"{node.name} writes into {factor.name}, by which {place.name} rotates, before it does so")
 
 
 def _versions(cache: Node, final: Value, values: Values) -> dict[Node, Value]:
@@ -162,9 +176,10 @@ def write_in_place(graph: Graph, chain: Chain, check: Check | None = None) -> No
         raise
     for write, nodes in chain.earlier.items():
         for node in nodes:
-            places[write].prepend(node)
-    for node, copy in copies.items():
-        graph.output_node().replace_input_with(node, copy)
+            for moved in (node, *copies.get(node, ())):
+                places[write].prepend(moved)
+    for node, (buffer, *_) in copies.items():
+        graph.output_node().replace_input_with(node, buffer)
     for node, view in shown.items():
         node.replace_all_uses_with(view)
     if chain.epilogue is not None:
@@ -197,12 +212,18 @@ def aside(graph: Graph, source: Node) -> Node:
     value = source.meta["val"]
     lengths: list[Any] = [size(graph, source, axis) for axis in range(value.dim())]
     buffer = call(graph, aten.empty.memory_format, lengths, dtype=value.dtype, device=value.device, pin_memory=False)
-    call(graph, aten.copy_.default, buffer, source)
+    _fill(graph, buffer, source)
     return buffer
 
 
-def _returned_copy(graph: Graph, node: Node) -> Node:
-    """A copy of a version with its shape and strides, at the place where it stands."""
+def _fill(graph: Graph, buffer: Node, source: Node) -> tuple[Node, ...]:
+    """Copy `source` into `buffer`, through views: else Inductor makes `buffer` the memory of an input to be saved."""
+    views = [call(graph, aten.unsqueeze.default, node, 0) for node in (buffer, source)]
+    return *views, call(graph, aten.copy_.default, *views)
+
+
+def _returned_copy(graph: Graph, node: Node) -> tuple[Node, ...]:
+    """A copy of a version with its shape and strides, at the place where it stands: the buffer, and what fills it."""
     value = node.meta["val"]
     if not all(isinstance(n, int) for n in (*value.shape, *value.stride())):
         reason = f"{node.name}, which would be the input itself, is returned, and its sizes are symbolic"
@@ -210,8 +231,7 @@ def _returned_copy(graph: Graph, node: Node) -> Node:
     with graph.inserting_before(node.next):
         form = list(value.shape), list(value.stride())
         buffer = call(graph, aten.empty_strided.default, *form, dtype=value.dtype, device=value.device)
-        call(graph, aten.copy_.default, buffer, node)
-    return buffer
+        return buffer, *_fill(graph, buffer, node)
 
 
 def _view(graph: Graph, base: Node, window: Window) -> Node:

@@ -231,3 +231,35 @@ def test_compiled_code(name: str) -> None:
             assert_same(torch.compile(function, options=options)(*ours), function(*theirs))
         assert_same(ours, theirs)
     assert fusion_passes.report().counts[NAME] == 2 * sites
+
+
+def _old_state(cache: Tensor, keys: Tensor) -> Tensor:
+    old = cache.clone()
+    cache[0, :4] = keys
+    cache[1, :4] = keys
+    return old
+
+
+def _old_state_also_read(cache: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    old = _old_state(cache, keys)
+    return old.relu(), old
+
+
+def _shifted_with_its_old_state(cache: Tensor, keys: Tensor) -> Tensor:
+    old = cache.clone()
+    cache[:, 1:] = cache[:, :-1].clone()
+    return old
+
+
+@pytest.mark.parametrize("function", [_old_state, _old_state_also_read, _shifted_with_its_old_state])
+def test_an_old_state_of_an_input_is_saved_from_the_writes(function: Callable[..., Any]) -> None:
+    """Inductor takes a copy of a whole input for the input, and has no reason to make it before the writes."""
+    ours = [torch.randn(2, 16, 8), torch.randn(4, 8)]
+    theirs = [tensor.clone() for tensor in ours]
+    options: Any = fusion_passes.options(**OWN, reference_on_cpu=True)
+    before = fusion_passes.report().counts.get(NAME, 0)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert_same(torch.compile(function, options=options)(*ours), function(*theirs), rtol=0, atol=0)
+    assert_same(ours, theirs, rtol=0, atol=0)
+    assert fusion_passes.report().counts[NAME] == before + 1
