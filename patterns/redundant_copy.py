@@ -50,7 +50,7 @@ from fusion_passes.patterns._copies_aliases import aliases, is_mutation, roots
 from fusion_passes.patterns._copies_apart import changed_copies, keep_apart
 from fusion_passes.patterns._copies_cat import joined, same_shape
 from fusion_passes.patterns._copies_chain import Chain
-from fusion_passes.patterns._copies_values import CLONES, INDEX_PUTS, SCATTERS, Value, Values, same_content
+from fusion_passes.patterns._copies_values import CLONES, INDEX_PUTS, SCATTERS, Value, Values, Write, same_content
 from fusion_passes.patterns._copies_windows import Window
 from fusion_passes.patterns._qkv_profit import is_opaque
 from fusion_passes.sizes import Sizes
@@ -74,7 +74,8 @@ def wants(anchor: Node) -> bool:
         target, source = anchor.args[:2]
         if not isinstance(target, Node) or target.op != "placeholder":
             return False
-        return _is_write(_behind_views(source)) or any(map(_is_write, target.users))
+        written = _is_write(_behind_views(source)) or any(map(_is_write, target.users))
+        return written or _may_be_rotated(target, source)
     if anchor.target is aten.cat.default:
         pieces = anchor.args[0]
         return isinstance(pieces, (list, tuple)) and len(pieces) > 1 and all(map(_is_part, pieces))
@@ -90,6 +91,14 @@ def _is_part(node: object) -> bool:
 
 def _is_write(node: object) -> bool:
     return isinstance(node, Node) and (node.target in SCATTERS or node.target in INDEX_PUTS)
+
+
+def _may_be_rotated(target: Node, source: object) -> bool:
+    """Is all of `target` overwritten by what is computed from parts of it?"""
+    value = target.meta["val"]
+    pairs = value.dim() > 1 and isinstance(value.shape[-1], int) and value.shape[-1] % 2 == 0
+    computed = isinstance(source, Node) and (source.target is aten.copy.default or cone.is_transparent(source))
+    return computed and pairs and value.dtype.is_floating_point and len(target.users) > 1
 
 
 def _behind_views(node: object) -> object:
@@ -128,6 +137,8 @@ def _nodes(write: Node) -> tuple[Node, Node]:
 
 def _rotation(final: Value, epilogue: Node | None, values: Values, context: Context) -> Chain | None:
     """The rotation whose result is `final`; of a tensor that the graph computes if there is no epilogue."""
+    if epilogue is not None and final.origin is not epilogue.args[0]:
+        final = _overwritten(epilogue)
     tensor = final.origin
     if not 1 <= len(final.writes) <= 2:
         return None
@@ -138,6 +149,13 @@ def _rotation(final: Value, epilogue: Node | None, values: Values, context: Cont
         return None
     rotation = rotations.find(tensor, final.writes, context.sizes)
     return None if rotation is None else chains.rotated(rotation, final, epilogue, values)
+
+
+def _overwritten(epilogue: Node) -> Value:
+    """An input after `epilogue` as one write of the whole."""
+    target, _ = _nodes(epilogue)
+    whole = Window.whole(target.meta["val"].shape)
+    return Value(target, whole, (Write(epilogue, whole),))
 
 
 def _written_back(scatter: Node, values: Values) -> Node | None:

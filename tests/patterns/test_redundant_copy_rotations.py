@@ -186,6 +186,56 @@ def test_a_tensor_with_strides() -> None:
     assert report.counts[NAME] == 1, report
 
 
+def whole(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    x.copy_(rope(x, cos, sin))
+
+
+def whole_slice(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    x[..., :R] = rope(x[..., :R], cos, sin)
+
+
+def whole_hugging_face(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+    turned = rotate_half(x) * sin
+    x.mul_(cos).add_(turned)
+
+
+def whole_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    x.copy_(torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2))
+
+
+@pytest.mark.parametrize("function", [whole, whole_slice, whole_hugging_face, whole_interleaved])
+def test_all_channels_are_rotated(function: Callable[..., Any]) -> None:
+    q, cos, sin = inputs()
+    report = same_as_eager(function, [q[..., :R].contiguous(), cos, sin], run_after_passes)
+    assert report.counts[NAME] == 1, report
+    assert "rotated" in report.fused[0].reason
+
+
+def test_all_channels_of_bfloat16_by_float32_factors() -> None:
+    q, cos, sin = inputs()
+    args = q[..., :R].bfloat16(), cos, sin
+    theirs, ours = args[0].clone(), args[0].clone()
+    whole(theirs, cos, sin)
+    _, report = run_fused(whole, ours, cos, sin, **OWN)
+    assert report.counts[NAME] == 1, report
+    assert_same(ours, theirs, rtol=1e-2, atol=1e-2)
+
+
+def test_factors_that_are_overwritten_first() -> None:
+    """The writes into inputs stand in the order of the inputs: the factors are gone when the rotation is due."""
+
+    def f(factors: Tensor, x: Tensor) -> None:
+        whole(x, *factors)
+        factors.zero_()
+
+    q, *factors = inputs()
+    report = same_as_eager(f, [torch.stack(factors), q[..., :R].contiguous()], behind_pass)
+    assert report.counts[NAME] == 0
+    assert any("by which" in refusal.reason for refusal in report.refusals), report
+
+
 # --- look-alikes ------------------------------------------------------------------------------------------------------
 
 
