@@ -32,7 +32,7 @@ COUNT = 96
 WHOLE_COUNT = 16
 SEEDS = (1, 2)
 # Products that tell activations apart; in a run of their own, one in every other sum on average.
-EXTREMES = (math.nan, 0.0, 1e-3, -1e-3, 1e-6, 7.0, -7.0, 100.0, -100.0, 1e30, -1e30)
+EXTREMES = (math.nan, math.inf, -math.inf, 0.0, 1e-3, -1e-3, 1e-6, 7.0, -7.0, 100.0, -100.0, 1e30, -1e30)
 EXTREME_COUNT = 768
 MOST_LEAVES = 4
 MOST_THRESHOLDS = 6

@@ -60,6 +60,8 @@ SELECTIONS = (aten.topk.default, aten.sort.default, aten.sort.stable, aten.kthva
 ACTIVATIONS = (
     aten.relu.default, aten.clamp_min.default, aten.clamp.default, aten.maximum.default, aten.hardtanh.default,
 )  # fmt: skip
+# What an activation by `where` or by a product asks of the products.
+COMPARISONS = (aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar)
 # How far `wants` looks.
 STEPS = 24
 
@@ -130,7 +132,7 @@ def match(anchor: Node, context: Context) -> Site | None:
         return None
     failure: Exception | None = None
     for structure in candidates(bottom, context.sizes[0]):
-        if anchor.target in ACTIVATIONS and anchor not in structure.nodes:
+        if anchor.target not in SELECTIONS and anchor not in structure.nodes:
             continue
         try:
             return _site(anchor, _proven(structure, bottom, context), context)
@@ -371,7 +373,7 @@ def _precision() -> str:
 FUSION = Fusion(
     name="index_score",
     doc="scores of a sparse-attention indexer: weighted sum over heads of relu(q . k), masked, in one launch",
-    anchors=(*SELECTIONS, *ACTIVATIONS),
+    anchors=(*SELECTIONS, *ACTIVATIONS, *COMPARISONS),
     match=match,
     replace=replace,
     guard=guard,

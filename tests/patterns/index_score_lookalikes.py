@@ -34,6 +34,20 @@ def silu(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
 
 
 @entry(LOOKALIKES, reason=NO_SUM)
+def half_of_the_absolute_value(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+    """NaN where a product is minus infinity, which relu makes 0."""
+    x = products(q, k)
+    return ((x + x.abs()) * 0.5 * w[..., None]).sum(1).topk(3).values
+
+
+@entry(LOOKALIKES, reason=NO_SUM)
+def times_is_positive(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+    """Likewise."""
+    x = products(q, k)
+    return (x * (x > 0) * w[..., None]).sum(1).topk(3).values
+
+
+@entry(LOOKALIKES, reason=NO_SUM)
 def leaky_relu(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
     return (functional.leaky_relu(products(q, k)) * w[..., None]).sum(1).topk(3).values
 

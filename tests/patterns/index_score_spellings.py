@@ -108,9 +108,9 @@ def threshold(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
 
 
 @entry(SPELLINGS)
-def half_of_the_absolute_value(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+def where_positive_without_a_selection(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
     scores = q.float() @ k.float().T
-    return ((scores + scores.abs()) * 0.5 * w[..., None]).sum(1).topk(3).values
+    return (torch.where(scores > 0, scores, 0.0) * w[..., None]).sum(1)
 
 
 @entry(SPELLINGS)
