@@ -131,7 +131,12 @@ def define(
 
 def inline(op: torch._ops.OpOverload, plan: Plan) -> None:
     """Register a lowering of `op` that launches the plan's kernel from Inductor's wrapper."""
-    fallback = inductor.fallback_handler(op, add_to_fallback_set=False)
+    call = inductor.fallback_handler(op, add_to_fallback_set=False)
+
+    def fallback(*args: Any) -> Any:
+        if op._schema.is_mutable:
+            _compute_readers(op, args)
+        return call(*args)
 
     @inductor.register_lowering(op, type_promotion_kind=None)
     def lower(*args: Any) -> Any:
@@ -163,6 +168,13 @@ def _refuse_symbolic(args: Sequence[Any]) -> None:
     for arg in args:
         if isinstance(arg, ir.TensorBox) and any(static(size) == 0 for size in arg.get_size()):
             raise NotInlinable("one of its tensors is empty")
+
+
+def _compute_readers(op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
+    """Whoever reads memory that `op` overwrites comes first: Inductor adds a fallback before it adds such readers."""
+    for argument, value in zip(op._schema.arguments, args):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            V.graph.mark_buffer_mutated(ir.ExternKernel.realize_input(value).get_name())
 
 
 def _check_in_place(op: torch._ops.OpOverload, args: Sequence[Any]) -> None:

@@ -372,3 +372,23 @@ def test_compiled_code(name: str) -> None:
         assert_same(compiled(*ours), function(*theirs))
     assert_same(ours, theirs)
     assert fusion_passes.report().counts[NAME] == 1
+
+
+def test_readers_of_what_an_opaque_call_overwrites_come_first() -> None:
+    """Inductor adds a fallback that mutates before the pointwise readers that it computes for its sake."""
+
+    def layer(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+        old = q * 2
+        neox(q, cos, sin)
+        k.copy_(old)
+
+    query, cos, sin = inputs()
+    ours = [query, torch.zeros_like(query), cos, sin]
+    theirs = [tensor.clone() for tensor in ours]
+    layer(*theirs)
+    options = fusion_passes.options(fusions=NAME, always_profitable=True, reference_on_cpu=True)
+    with torch.no_grad():
+        torch.compile(layer, options=options)(*ours)
+    assert fusion_passes.report().counts[NAME] == 1
+    for actual, wanted in zip(ours, theirs):
+        assert_same(actual, wanted)
