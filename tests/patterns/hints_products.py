@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.patterns import chunk_delta_rule_lookalikes, delta_rule_intra_spellings
 from tests.patterns import index_score_lookalikes as index
+from tests.patterns.chunk_delta_rule_spellings import SPELLINGS as RULES
 from tests.patterns.hints_cases import BF16, F32, F64, STATIC, Call, Table, draw, entry, marked
 from tests.patterns.index_score_cases import D, T, qkw
 from tests.support import delta_rule
@@ -150,59 +152,42 @@ case(
 # --- delta rules -----------------------------------------------------------------------------------------------------
 
 
-def systems(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, chunk: int = 64) -> Tensor:
-    k, v, g, beta = (x.transpose(1, 2).unflatten(2, (-1, chunk)) for x in (k, v, g, beta))
-    sums, strength = g.cumsum(-1), beta[..., None]
-    decay = (sums[..., :, None] - sums[..., None, :]).tril().exp()
-    system = (k * strength @ k.mT * decay).tril(-1)
-    sides = torch.cat([v, k * sums.exp()[..., None]], -1) * strength
-    return torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True)
+def operands(names: str, key: int, value: int, padded: int = 0) -> Callable[[], tuple[Tensor, ...]]:
+    """Operands in the order of the spellings, their keys padded."""
 
-
-def whole(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, narrow: torch.dtype = F32) -> Tensor:
-    """A gated delta rule over chunks of 64; the products with the state are rounded to `narrow`."""
-    u, w = systems(k, v, g, beta).split([v.shape[-1], k.shape[-1]], -1)
-    q, k, g = (x.transpose(1, 2).unflatten(2, (-1, 64)) for x in (q, k, g))
-    sums = g.cumsum(-1)
-    decay = (sums[..., :, None] - sums[..., None, :]).tril().exp().tril()
-    state, outputs = q.new_zeros(*q.shape[:2], k.shape[-1], v.shape[-1]), []
-    for i in range(q.shape[2]):
-        qi, ki, total = q[:, :, i], k[:, :, i], sums[:, :, i]
-        new = u[:, :, i] - (w[:, :, i].to(narrow) @ state.to(narrow)).float()
-        outputs.append((qi * total.exp()[..., None]) @ state + (qi @ ki.mT * decay[:, :, i]) @ new)
-        rest = (total[..., -1:] - total).exp()[..., None]
-        state = state * total[..., -1:, None].exp() + (ki * rest).mT @ new
-    return torch.stack(outputs, 2).flatten(2, 3).transpose(1, 2)
-
-
-def operands(key: int, value: int, padded: int = 0) -> Callable[[], tuple[Tensor, ...]]:
     def make() -> tuple[Tensor, ...]:
         found = delta_rule.operands(1, 128, 2, 2, key, value)
         found |= {name: F.pad(found[name], (0, padded)) for name in "qk"}
-        return tuple(found[name] for name in ("q", "k", "v", "g", "beta"))
+        return tuple(found[name] for name in names.split())
 
     return make
 
 
+systems = functools.partial(delta_rule_intra_spellings.inverted, delta_rule_intra_spellings.solved)
+SYSTEMS = functools.partial(operands, "k v g beta q")
+RULE = functools.partial(operands, "q k v g beta")
+WHOLE = RULES["solve_against_identity"].function
+
 case(
     "delta_rule_intra: chunk length",
-    Call(lambda q, k, v, g, beta: systems(k, v, g, beta, 128), operands(16, 16)),
+    Call(systems(128), SYSTEMS(16, 16)),
     "its chunks have 128 tokens", "divide the sequence into chunks of 16, 32 or 64 tokens",
-    Call(lambda q, *rest: systems(*rest), operands(16, 16)),
+    Call(systems(64), SYSTEMS(16, 16)),
 )  # fmt: skip
 case(
     "delta_rule_intra: width",
-    Call(lambda q, *rest: systems(*rest), operands(40, 16)),
-    "K is 40", "pad q and k with zeros to 48 channels", Call(lambda q, *rest: systems(*rest), operands(40, 16, 8)),
+    Call(systems(64), SYSTEMS(40, 16)),
+    "K is 40", "pad q and k with zeros to 48 channels",
+    Call(systems(64), SYSTEMS(40, 16, 8)),
 )  # fmt: skip
 case(
     "chunk_delta_rule: width",
-    Call(whole, operands(40, 64)),
-    "K is 40", "pad q and k with zeros to 64 channels", Call(whole, operands(40, 64, 24)),
+    Call(WHOLE, RULE(40, 64)),
+    "K is 40", "pad q and k with zeros to 64 channels", Call(WHOLE, RULE(40, 64, 24)),
 )  # fmt: skip
 case(
     "chunk_delta_rule: rounding",
-    Call(functools.partial(whole, narrow=BF16), operands(64, 64)),
+    Call(chunk_delta_rule_lookalikes.changed("bfloat16_products"), RULE(64, 64)),
     "around a sum or matrix product", "cast q, k, v, the gate and beta to float32 before the rule",
-    Call(whole, operands(64, 64)),
+    Call(chunk_delta_rule_lookalikes.rule, RULE(64, 64)),
 )  # fmt: skip
