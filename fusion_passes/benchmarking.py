@@ -105,14 +105,16 @@ class Timing:
 def input_sets(case: Case, device: torch.device, seed: int = 0) -> list[tuple[Any, ...]]:
     """Independent argument tuples, enough of them that their traffic exceeds L2 twice."""
     generator = torch.Generator(device=device).manual_seed(seed)
-    count = min(64, max(2, math.ceil(ROTATE_BYTES / max(case.bytes, 1))))
-    return [case.make(device, generator) for _ in range(count)]
+    return [case.make(device, generator) for _ in range(_set_count(case))]
 
 
 def warm_sets(case: Case, device: torch.device, seed: int = 0) -> list[tuple[Any, ...]]:
     """One argument tuple, as many times as `input_sets` has different ones."""
-    first, *others = input_sets(case, device, seed)
-    return [first] * (1 + len(others))
+    return [case.make(device, torch.Generator(device=device).manual_seed(seed))] * _set_count(case)
+
+
+def _set_count(case: Case) -> int:
+    return min(64, max(2, math.ceil(ROTATE_BYTES / max(case.bytes, 1))))
 
 
 def capture(call: Call, sets: Sequence[tuple[Any, ...]]) -> torch.cuda.CUDAGraph:

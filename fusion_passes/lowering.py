@@ -134,8 +134,9 @@ def inline(op: torch._ops.OpOverload, plan: Plan) -> None:
     call = inductor.fallback_handler(op, add_to_fallback_set=False)
 
     def fallback(*args: Any) -> Any:
-        if op._schema.is_mutable:
-            _compute_readers(op, args)
+        # Whoever reads memory that `op` overwrites comes first: Inductor adds a fallback before it adds such readers.
+        for _, value in _overwritten(op, args):
+            V.graph.mark_buffer_mutated(ir.ExternKernel.realize_input(value).get_name())
         return call(*args)
 
     @inductor.register_lowering(op, type_promotion_kind=None)
@@ -143,8 +144,7 @@ def inline(op: torch._ops.OpOverload, plan: Plan) -> None:
         device = next(arg for arg in args if isinstance(arg, ir.TensorBox)).get_device()
         if device is None or device.type != "cuda" or not inlining_enabled():
             return fallback(*args)
-        if op._schema.is_mutable:
-            _check_in_place(op, args)
+        _check_in_place(op, args)
         replayed = bool(config.triton.cudagraphs)
         target = Target(architectures.of_device(device), _hint, inlined=True, replayed=replayed)
         try:
@@ -170,21 +170,20 @@ def _refuse_symbolic(args: Sequence[Any]) -> None:
             raise NotInlinable("one of its tensors is empty")
 
 
-def _compute_readers(op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
-    """Whoever reads memory that `op` overwrites comes first: Inductor adds a fallback before it adds such readers."""
+def _overwritten(op: torch._ops.OpOverload, args: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """The arguments that `op` writes into, with their names."""
     for argument, value in zip(op._schema.arguments, args):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            V.graph.mark_buffer_mutated(ir.ExternKernel.realize_input(value).get_name())
+            yield argument.name, value
 
 
 def _check_in_place(op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
     """Inductor copies a view that strides cannot describe, and a kernel would then write into the copy."""
-    for argument, value in zip(op._schema.arguments, args):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            memory = value.data.unwrap_view() if isinstance(value.data, ir.BaseView) else value.data
-            memory.realize()
-            if ir.ExternKernel.realize_input(value).get_name() != memory.get_name():
-                raise RuntimeError(f"{op} would write into a copy of its argument {argument.name}")
+    for name, value in _overwritten(op, args):
+        memory = value.data.unwrap_view() if isinstance(value.data, ir.BaseView) else value.data
+        memory.realize()
+        if ir.ExternKernel.realize_input(value).get_name() != memory.get_name():
+            raise RuntimeError(f"{op} would write into a copy of its argument {name}")
 
 
 def _hint(size: Size) -> int:

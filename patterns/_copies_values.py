@@ -31,9 +31,9 @@ INDEX_PUTS = (aten.index_put.default, aten._unsafe_index_put.default)
 CLONES = (aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
 
 
-def is_write(node: Node) -> bool:
+def is_write(node: object) -> bool:
     """Is it a functional write: a tensor with a part of it replaced?"""
-    return node.target in SCATTERS or node.target in INDEX_PUTS
+    return isinstance(node, Node) and (node.target in SCATTERS or node.target in INDEX_PUTS)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -50,7 +50,7 @@ from fusion_passes.patterns._copies_aliases import aliases, is_mutation, roots
 from fusion_passes.patterns._copies_apart import changed_copies, keep_apart
 from fusion_passes.patterns._copies_cat import joined, same_shape
 from fusion_passes.patterns._copies_chain import Chain
-from fusion_passes.patterns._copies_values import CLONES, INDEX_PUTS, SCATTERS, Value, Values, Write, same_content
+from fusion_passes.patterns._copies_values import CLONES, SCATTERS, Value, Values, Write, is_write, same_content
 from fusion_passes.patterns._copies_windows import Window
 from fusion_passes.patterns._qkv_profit import is_opaque
 from fusion_passes.sizes import Sizes
@@ -74,7 +74,7 @@ def wants(anchor: Node) -> bool:
         target, source = anchor.args[:2]
         if not isinstance(target, Node) or target.op != "placeholder":
             return False
-        written = _is_write(_behind_views(source)) or any(map(_is_write, target.users))
+        written = is_write(_behind_views(source)) or any(map(is_write, target.users))
         return written or _may_be_rotated(target, source)
     if anchor.target is aten.cat.default:
         pieces = anchor.args[0]
@@ -86,11 +86,7 @@ def _is_part(node: object) -> bool:
     if not isinstance(node, Node):
         return False
     copied = node.target in CLONES or node.target in (aten.copy.default, aten.cat.default)
-    return copied or is_view(node) or _is_write(node)
-
-
-def _is_write(node: object) -> bool:
-    return isinstance(node, Node) and (node.target in SCATTERS or node.target in INDEX_PUTS)
+    return copied or is_view(node) or is_write(node)
 
 
 def _may_be_rotated(target: Node, source: object) -> bool:
