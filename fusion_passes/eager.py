@@ -16,7 +16,7 @@ import torch
 
 from fusion_passes import arch as architectures
 from fusion_passes import config, tuning
-from fusion_passes.plans import Operand, Output, Plan, Program, Target, operand_of
+from fusion_passes.plans import Output, Plan, Program, Target, operand_of
 
 # Looks that an op remembers; the one that was used least recently makes room.
 MOST_PREPARED = 512
@@ -123,8 +123,4 @@ def run(program: Program, tensors: Mapping[Output, torch.Tensor], args: tuple[An
         options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
         if launch.pdl:
             options["launch_pdl"] = True
-        bound = launch.bound(tensors)
-        if args:
-            operands = (name for name, value in launch.args.items() if isinstance(value, Operand))
-            bound |= {name: args[bound[name]] for name in operands}
-        launch.kernel[launch.grid](**bound, **options)
+        launch.kernel[launch.grid](**launch.bound(tensors, args), **options)

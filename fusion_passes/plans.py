@@ -7,6 +7,7 @@ for a compiled graph (`fusion_passes.lowering`, with Inductor's sizes).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -88,12 +89,16 @@ class Launch:
     def outputs(self) -> tuple[Output, ...]:
         return tuple(value for value in self.args.values() if isinstance(value, Output))
 
-    def bound(self, tensors: Mapping[Output, Any]) -> dict[str, Any]:
-        """The arguments as the kernel takes them, outputs from `tensors`."""
-        return {
-            name: value.handle if isinstance(value, Operand) else tensors[value] if isinstance(value, Output) else value
-            for name, value in self.args.items()
-        }
+    def bound(self, tensors: Mapping[Output, Any], args: Sequence[Any] = ()) -> dict[str, Any]:
+        """The arguments as the kernel takes them: outputs from `tensors`, and operands from `args`, if it is given and
+        their handles are places in it."""
+
+        def of(value: Any) -> Any:
+            if isinstance(value, Operand):
+                return args[value.handle] if args else value.handle
+            return tensors[value] if isinstance(value, Output) else value
+
+        return {name: of(value) for name, value in self.args.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +118,7 @@ class Program:
         """What a plan returned as a program."""
         return plan if isinstance(plan, Program) else Program((plan,), plan.outputs)
 
-    @property
+    @functools.cached_property
     def written(self) -> tuple[Output, ...]:
         """All that is to be allocated: the results, and then scratch memory."""
         scratch = (output for launch in self.launches for output in launch.outputs)
