@@ -127,12 +127,18 @@ def capture(call: Call, sets: Sequence[tuple[Any, ...]]) -> torch.cuda.CUDAGraph
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        # Outputs stay referenced until the capture ends, so that no call writes where one on another set did.
-        kept: dict[int, Any] = {}
-        for args in sets:
-            kept.pop(id(args), None)
-            kept[id(args)] = call(*args)
+    try:
+        with torch.cuda.graph(graph):
+            # Outputs stay referenced until the capture ends, so that no call writes where one on another set did.
+            kept: dict[int, Any] = {}
+            for args in sets:
+                kept.pop(id(args), None)
+                kept[id(args)] = call(*args)
+    except Exception:
+        # A capture that failed leaves the state of the random numbers marked as captured: every later draw would fail.
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
     del kept
     return graph
 

@@ -45,6 +45,7 @@ def test_contestants_take_turns_and_one_that_cannot_be_captured_is_told() -> Non
     good, again = found["good"], found["again"]
     assert isinstance(good, benchmarking.Timing) and isinstance(again, benchmarking.Timing)
     assert good.gpu_us == pytest.approx(again.gpu_us, rel=0.2)
+    assert torch.randn(8, device=GPU).isfinite().all()
 
 
 def test_copy_rate_is_near_that_of_the_table() -> None:

@@ -76,7 +76,10 @@ def test_table(name: str, size: str) -> None:
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_chains(name: str) -> None:
-    check(CHAINS[name], [a.cuda() for a in arguments()])
+    args = arguments()
+    if name != "accumulated":
+        args[3] = torch.tensor([20, 3, 9, 5])  # Which of two writes to one row is the last is not defined on a GPU.
+    check(CHAINS[name], [a.cuda() for a in args])
 
 
 @pytest.mark.parametrize("name", ["neox", "interleaved", "interleaved_repeated", "by_neighbours", "different_halves"])

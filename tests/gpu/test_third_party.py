@@ -39,7 +39,8 @@ def test_compiled(monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> None:
         return 30 * torch.tanh(product / 30) @ y, (y @ y.mT) * gelu(product, approximate="tanh")
 
     x, y = torch.randn(1000, 64, device="cuda") * 4, torch.randn(1000, 64, device="cuda")
-    options: dict[str, Any] = {"fusion_passes.strict": True, "fusion_passes.verify": True}
+    options: dict[str, Any] = {f"fusion_passes.{name}": True for name in ("strict", "verify")}
+    options["fusion_passes.fusions"] = ",".join(fusions)
     compiled = torch.compile(f, backend="fusion_passes", options=options, dynamic=dynamic)
     torch.testing.assert_close(compiled(x, y), f(x, y), rtol=1e-4, atol=1e-3)
     assert fusion_passes.report().counts == {"geglu": 1, "softcap": 1}
