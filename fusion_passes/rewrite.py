@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_map
 
 from fusion_passes import restriding
+from fusion_passes.folding import is_view
 from fusion_passes.fusion import Refusal
 from fusion_passes.sizes import Sizes
 
@@ -44,15 +45,21 @@ def replace(
     """Put the values that `build()` returns in the places of `replaced`, or leave the graph as it was and raise.
 
     `build` creates nodes with `call`; they are inserted before the first of `replaced`, or after the last of `leaves`
-    where that comes later, and get the entries of `meta`. Nothing is added to the guards.
+    where that comes later, and get the entries of `meta`. Views among `leaves` that come behind a reader of `replaced`
+    are put before it. Nothing is added to the guards.
 
     Raises:
         MetadataMismatch: a new value's shape, strides, dtype or device differ from the old one's.
         Refusal: there is no such place: something needs one of `replaced` before the last leaf is known.
     """
-    place = _place(replaced, leaves)
     before = set(graph.nodes)
+    moved: list[tuple[Node, Node]] = []
     try:
+        first_reader = min((user for node in replaced for user in node.users), default=None)
+        for leaf in sorted(leaves):
+            if first_reader is not None:
+                _put_before(first_reader, leaf, moved)
+        place = _place(replaced, leaves)
         with graph.inserting_before(place), _no_new_guards(replaced[0]):
             new = build()
             if len(new) != len(replaced):
@@ -64,6 +71,8 @@ def replace(
     except BaseException:
         for node in reversed([n for n in graph.nodes if n not in before]):
             graph.erase_node(node)
+        for node, following in reversed(moved):
+            following.prepend(node)
         raise
     for node in graph.nodes:
         if node not in before:
@@ -72,6 +81,31 @@ def replace(
         old.replace_all_uses_with(made)
     for node, value in restrided.items():
         node.meta["val"] = value
+
+
+def _put_before(limit: Node, node: Node, moved: list[tuple[Node, Node]]) -> bool:
+    """Is `node` before `limit`, where need be because it is a view that could be moved there? Notes what it moved.
+
+    A view takes no time and no memory, wherever it is, and shows the same unless something is written on the way.
+    """
+    if node < limit:
+        return True
+    if node is limit or not is_view(node) or _writes_between(limit, node):
+        return False
+    if not all(_put_before(limit, source, moved) for source in node.all_input_nodes):
+        return False
+    moved.append((node, node.next))
+    limit.prepend(node)
+    return True
+
+
+def _writes_between(start: Node, end: Node) -> bool:
+    while start is not end:
+        schema = getattr(start.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            return True
+        start = start.next
+    return False
 
 
 def _accept(made: Node, old: Node, assignments: Sequence[Sizes]) -> dict[Node, Any]:

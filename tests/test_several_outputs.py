@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 
 from fusion_passes import guards, registry, rewrite
 from fusion_passes.explanation import tracing_backend
-from fusion_passes.fusion import Context, Fusion, Site
+from fusion_passes.fusion import Context, Fusion, Refusal, Site
 from fusion_passes.graph_pass import FusionPass
 from fusion_passes.reports import Report
 from fusion_passes.settings import snapshot
@@ -102,6 +102,35 @@ def test_a_value_that_is_needed_before_the_last_leaf_is_known() -> None:
     torch.testing.assert_close(actual, f(*draw()))
     (record,) = report.records
     assert record.outcome == "refused" and "is needed by" in record.reason and "before" in record.reason
+
+
+def later_view(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    first = a.sin() + 1
+    return first, b.view(2, 6).T[1:].sin()
+
+
+def test_views_that_come_late_are_put_before_what_reads_the_first_value() -> None:
+    actual, report = run(later_view, *draw())
+    torch.testing.assert_close(actual, later_view(*draw()))
+    assert report.counts["two_sines"] == 1, report
+
+
+def test_views_stay_where_they_are_when_the_site_is_left_alone() -> None:
+    untouched, _ = graph_after(later_view, "none")
+    text, report = graph_after(later_view, "two_sines", replace=too_few)
+    assert text == untouched and report.records[0].outcome == "refused"
+
+
+def test_views_are_not_moved_over_a_write() -> None:
+    graph = trace(later_view, *draw(), decompose=False).graph
+    site = sites(graph)
+    order = [node.name for node in graph.nodes]
+    (reader,) = site.replaced.users
+    with graph.inserting_after(reader):
+        write = graph.call_function(aten.mul_.Tensor, (reader.all_input_nodes[0], 2))
+    with pytest.raises(Refusal, match="before slice_1 is computed"):
+        rewrite.replace(graph, site.outputs, site.leaves.values(), list, [], {})
+    assert [node.name for node in graph.nodes if node is not write] == order
 
 
 def graph_after(f: Callable[..., Any], fusions: str, **stages: Any) -> tuple[str, Report]:

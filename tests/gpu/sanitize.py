@@ -30,7 +30,7 @@ from fusion_passes import benchmarking
 TESTS = {
     "gate_cumsum": "dtypes_and_forms or views or packed_sequences",
     "qkv_split": "widths_and_repeats or test_dtypes",
-    "mla_kv_pack": "widths_and_dtypes or test_strides or uncast or empty",
+    "mla_kv_pack": "(widths_and_dtypes or test_strides or uncast or empty) and not spellings",
     "delta_rule_intra": "test_widths and (16-48 or 96-240)",
     "chunk_delta_rule": "gates_inside or packed_sequences",
     "index_score": "(product_per_head and 64-12-96 and keep) or (test_layouts and (bst or tbs))",
