@@ -3,38 +3,65 @@
 Checks and plans depend on what the arguments look like (shapes, strides, dtypes, numbers) and on forced launch
 parameters, and take several times as long as the launch. They are made once for each look, so that a layer that is
 called again pays for its memory and its launches alone.
+
+Triton, too, looks at every argument of a launch to find the binary that was compiled for such ones. Of what matters to
+it, a look leaves the alignment of the pointers open: where all are aligned, an earlier call's binaries are launched.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from fusion_passes import arch as architectures
 from fusion_passes import config, tuning
-from fusion_passes.plans import Output, Plan, Program, Target, operand_of
+from fusion_passes.plans import Launch, Operand, Output, Plan, Program, Target, operand_of
 
 # Looks that an op remembers; the one that was used least recently makes room.
 MOST_PREPARED = 512
 
 
-@dataclasses.dataclass(frozen=True)
+# Triton compiles a binary of its own for pointers that are multiples of so many bytes.
+ALIGNMENT = 16
+
+
+@dataclasses.dataclass
 class Prepared:
     """A call without its tensors.
 
     Attributes:
         program: its operands hold no tensors: the place of the argument stands in for `handle`.
-        results: what the op returns, as the fake allocates it.
-        alone: whether that is one tensor and not several.
+        alone: whether the op returns one tensor and not several.
+        binaries: the launches with the binaries of an earlier call, whose pointers were aligned; empty before it.
     """
 
     program: Program
-    results: tuple[Output, ...]
     alone: bool
+    binaries: Sequence[Binary] = ()
+
+
+class Binary:
+    """A launch with the binary that Triton launched for it."""
+
+    def __init__(self, launch: Launch, compiled: Any, written: Sequence[Output]) -> None:
+        self._launch = compiled[tuple(launch.grid) + (1,) * (3 - len(launch.grid))]
+        values = [launch.args[name] for name in launch.kernel.arg_names]
+        self._values = [None if isinstance(value, (Operand, Output)) else value for value in values]
+        self._read = [(at, value.handle) for at, value in enumerate(values) if isinstance(value, Operand)]
+        self._written = [(at, written.index(value)) for at, value in enumerate(values) if isinstance(value, Output)]
+
+    def __call__(self, args: Sequence[Any], tensors: Sequence[torch.Tensor]) -> None:
+        """Launch on the tensors among the arguments of the op and on those that were allocated for it."""
+        values = self._values.copy()
+        for at, place in self._read:
+            values[at] = args[place]
+        for at, place in self._written:
+            values[at] = tensors[place]
+        self._launch(*values)
 
 
 def launcher(fake: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
@@ -92,35 +119,52 @@ def _prepare(fake: Callable[..., Any], plan: Plan, args: tuple[Any, ...]) -> Pre
         for place, arg in enumerate(args)
     )
     program = Program.of(plan(Target(architectures.of_device(results[0].device), int), *places))
-    allocated = tuple(Output(tuple(t.shape), t.stride(), t.dtype) for t in results)
-    return Prepared(program, allocated, not isinstance(out, (tuple, list)))
+    planned = [_layout(output.shape, output.strides, output.dtype) for output in program.outputs]
+    promised = [_layout(result.shape, result.stride(), result.dtype) for result in results]
+    if planned != promised:
+        raise RuntimeError(f"the plan writes {planned} where the op returns {promised}")
+    return Prepared(program, not isinstance(out, (tuple, list)))
+
+
+def _layout(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> tuple[Any, ...]:
+    """What two equal tensors have in common: not the strides along axes of length one, and none without elements."""
+    kept = () if 0 in shape else tuple(stride if n != 1 else 0 for n, stride in zip(shape, strides))
+    return tuple(shape), kept, dtype
 
 
 def _run(call: Prepared, args: tuple[Any, ...]) -> Any:
-    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    program, given = call.program, [arg for arg in args if isinstance(arg, torch.Tensor)]
+    device = given[0].device
     with torch.cuda.device(device):
-        results = [_empty(result, device) for result in call.results]
-        tensors = dict(zip(call.program.outputs, results))
-        for scratch in call.program.written[len(results) :]:
-            tensors[scratch] = _empty(scratch, device)
-        run(call.program, tensors, args)
-    return results[0] if call.alone else tuple(results)
+        tensors = [_empty(output, device) for output in program.written]
+        aligned = not any(tensor.data_ptr() % ALIGNMENT for tensor in (*given, *tensors))
+        if aligned and call.binaries:
+            for binary in call.binaries:
+                binary(args, tensors)
+        else:
+            compiled = run(program, dict(zip(program.written, tensors)), args)
+            # AMD's binaries depend on the number of bytes behind a pointer as well.
+            if aligned and None not in compiled and torch.version.hip is None:
+                call.binaries = [Binary(*pair, program.written) for pair in zip(program.launches, compiled)]
+    return tensors[0] if call.alone else tuple(tensors[: len(program.outputs)])
 
 
 def _empty(output: Output, device: torch.device) -> torch.Tensor:
     return torch.empty_strided(output.shape, output.strides, dtype=output.dtype, device=device)
 
 
-def run(program: Program, tensors: Mapping[Output, torch.Tensor], args: tuple[Any, ...] = ()) -> None:
-    """Launch the kernels of a program on the device that is current.
+def run(program: Program, tensors: Mapping[Output, torch.Tensor], args: tuple[Any, ...] = ()) -> list[Any]:
+    """Launch the kernels of a program on the device that is current; returns Triton's binaries.
 
     Args:
         program: planned for tensors.
         tensors: the memory of what is written.
         args: the tensors at the places that the program's operands name, if it was planned for places.
     """
+    compiled = []
     for launch in program.launches:
         options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
         if launch.pdl:
             options["launch_pdl"] = True
-        launch.kernel[launch.grid](**launch.bound(tensors, args), **options)
+        compiled.append(launch.kernel[launch.grid](**launch.bound(tensors, args), **options))
+    return compiled

@@ -16,15 +16,34 @@ Tensor = torch.Tensor
 
 
 class Kernel:
-    """Writes x * factor + 1 through scratch memory, in two launches, and remembers how it was launched."""
+    """Writes x * factor, or x + 1 where that is 0, and remembers how it was launched: looked up, or as a binary."""
+
+    arg_names = ("out", "x", "factor", "PDL")
 
     def __init__(self) -> None:
         self.launched: list[tuple[Any, dict[str, Any]]] = []
+        self.direct: list[Any] = []
 
     def __getitem__(self, grid: Any) -> Any:
-        def launch(*, x: Tensor, out: Tensor, factor: float, PDL: bool, **options: Any) -> None:
+        def launch(*, x: Tensor, out: Tensor, factor: float, PDL: bool, **options: Any) -> Binary:
             self.launched.append((grid, options))
             out.copy_(x * factor if factor else x + 1)
+            return Binary(self, factor, PDL)
+
+        return launch
+
+
+class Binary:
+    """What a launch of the kernel was compiled to, for its constants."""
+
+    def __init__(self, kernel: Kernel, *constants: Any) -> None:
+        self.kernel, self.constants = kernel, constants
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(out: Tensor, x: Tensor, *constants: Any) -> None:
+            assert constants == self.constants
+            self.kernel.direct.append(grid)
+            out.copy_(x * constants[0] if constants[0] else x + 1)
 
         return launch
 
@@ -40,7 +59,7 @@ class Op:
         self.checked += 1
         if x.dim() != 2:
             raise ValueError(f"x must have two axes, got {x.dim()}")
-        return x.new_empty(x.shape)
+        return torch.empty_like(x)
 
     def plan(self, target: Target, x: Operand, factor: float, sizes: list[int]) -> Program:
         assert isinstance(x, Operand) and target.hint(sizes[0]) == sizes[0]
@@ -61,10 +80,25 @@ def op(monkeypatch: pytest.MonkeyPatch) -> Op:
 def test_calls_that_look_alike_are_planned_once(op: Op) -> None:
     first, second = torch.randn(3, 4), torch.randn(3, 4)
     results = [op.call(x, 2.0, [1, 2]) for x in (first, second, first)]
-    assert (op.checked, op.planned, len(op.kernel.launched)) == (1, 1, 6)
+    assert (op.checked, op.planned, len(op.kernel.launched)) == (1, 1, 2)
+    assert op.kernel.direct == [(2, 1, 1), (3, 1, 1)] * 2
     for x, found in zip((first, second, first), results):
         assert torch.equal(found, x * 2 + 1)
     assert len({found.data_ptr() for found in results}) == 3
+
+
+def test_binaries_are_for_aligned_tensors(op: Op) -> None:
+    memory = torch.randn(20)
+    aligned, shifted = memory[:12].view(3, 4), memory[1:13].view(3, 4)
+    for x, launched, direct in ((shifted, 2, 0), (aligned, 4, 0), (shifted, 6, 0), (aligned, 6, 2), (shifted, 8, 2)):
+        assert torch.equal(op.call(x, 2.0, [1]), x * 2 + 1)
+        assert (len(op.kernel.launched), len(op.kernel.direct)) == (launched, direct)
+
+
+def test_what_the_plan_writes_is_what_the_op_returns(op: Op) -> None:
+    op.call = eager.launcher(lambda x, *rest: x.new_empty(x.shape[::-1]), op.plan)
+    with pytest.raises(RuntimeError, match=r"writes \[\(\(3, 4\), .* returns \[\(\(4, 3\), "):
+        op.call(torch.ones(3, 4), 2.0, [1])
 
 
 def test_launches_get_their_options(op: Op) -> None:
