@@ -3,9 +3,10 @@
 The inputs of a timed call are cold in L2: calls rotate through enough input sets (`ROTATE_BYTES`) that a set is
 evicted before its turn comes again, and each call writes to memory of its own. With `warm_sets` one set is replayed,
 and what fits in L2 stays there, as between the layers of a model. Callables that are compared take turns, so that a
-clock that drifts drifts for all; a turn is at least `CALLS` calls, since its first ones pay for starting a graph and
-for writing back what the one before left in L2. Times are medians in microseconds. The floor is the time that the bytes
-or the FLOPs alone would take on the architecture's measured rates.
+clock that drifts drifts for all. A turn is one replay that is not timed, so that what has to be written back from L2 is
+a callable's own, and one that is, of at least `CALLS` calls, so that the start of a graph does not count. Times are
+medians in microseconds. The floor is the time that the bytes or the FLOPs alone would take on the architecture's
+measured rates.
 """
 
 from __future__ import annotations
@@ -180,6 +181,7 @@ def measure_together(
     while graphs and (done < repeats or (time.perf_counter() < deadline and done < 200)):
         done += 1
         for name, graph in graphs.items():
+            graph.replay()  # a callable starts behind its own writes to the L2, and not behind another's
             times[name].append(replay_us(graph) / len(turn))
     walls = wall_us_together({name: calls[name] for name in graphs}, sets)
     for name, taken in times.items():

@@ -46,7 +46,7 @@ def sigmoid_exp2(b_x):
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """First statement of a kernel: with programmatic dependent launch nothing may be read or written ahead of it.
+    """With programmatic dependent launch nothing may be read or written ahead of this; addresses may be computed.
 
     The kernel may have been started while launches before it still run. It waits for them, and only then lets the
     launch behind it start, so that whoever is waited for has itself seen the end of all before.

@@ -106,7 +106,6 @@ def mla_kv_pack_kernel(
     compiled in (NOPE_T and so on) or, where that is -1, as a run-time argument. K [B, T, H, NOPE + PE] and V are
     contiguous, with HEAD_MAJOR as [B, H, T, .]. V = 0: there is no V. BATCHED: there may be more than one batch.
     """
-    begin(PDL)
     if FLAT:
         o_pair = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
         o_bt = (o_pair // H).to(tl.int64)
@@ -128,6 +127,7 @@ def mla_kv_pack_kernel(
         p_pe += o_b * (PE_B if PE_B >= 0 else pe_stride_b)
     # All heads of a token share its k_pe. Each row reads it again, from L1, which saves an exchange between threads.
     p_pe += tl.zeros([ROWS, 1], tl.int64)
+    begin(PDL)
     nope = _load_columns(p_nope, b_mask, NOPE)
     pe = _load_columns(p_pe, b_mask, PE)
     if V > 0:

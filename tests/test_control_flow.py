@@ -16,6 +16,7 @@ from fusion_passes.graph_pass import FusionPass
 from fusion_passes.settings import snapshot
 from fusion_passes.testing import assert_same
 from tests.support.sites import SITES, Site, fusion_of
+from tests.support.versions import not_on_2_11
 
 TOKENS = 24
 OWN: dict[str, Any] = {"reference_on_cpu": True, "strict": True, "always_profitable": True}
@@ -53,6 +54,7 @@ def check(compiled: Callable[..., Any], name: str) -> None:
 
 @pytest.mark.parametrize("name", SITES)
 def test_sites_in_both_branches(name: str) -> None:
+    not_on_2_11("takes no branches that write into inputs", name in ("redundant_copy", "rotate_pairs"))
     # The count is that of the whole graph, branches included.
     explained = FusionPass(snapshot({**OWN, "fusions": fusion_of(name), "expect": f"{fusion_of(name)}=2"}))
     backend = tracing_backend(explained, run_rewritten=True)
@@ -61,6 +63,7 @@ def test_sites_in_both_branches(name: str) -> None:
 
 
 def test_a_write_to_an_input_of_a_branch_with_generated_code() -> None:
+    not_on_2_11("takes no branches that write into inputs")
     options = {f"fusion_passes.{key}": value for key, value in OWN.items()}
     function = in_both_branches(SITES["rotate_pairs"])
     check(torch.compile(function, backend="fusion_passes", options=options, fullgraph=True), "rotate_pairs")

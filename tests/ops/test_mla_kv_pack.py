@@ -192,10 +192,11 @@ def test_the_grid_follows_the_size() -> None:
     assert grid(7)[0] == 7
 
 
-def test_dependent_launch_is_for_gpus_that_have_it_and_sizes_that_gain() -> None:
-    few, many = (tuple(map(operand_of, draw(1, tokens, 4).positional())) for tokens in (3, 20000))
-    for name, args, wanted in (("sm_90", few, True), ("sm_90", many, False), ("sm_89", few, False)):
-        assert plan(Target(arch.by_name(name), int), *args).pdl == wanted
+def test_dependent_launch_is_for_gpus_that_have_it_and_can_be_switched_off() -> None:
+    args = tuple(map(operand_of, draw(1, 3, 4).positional()))
+    for name, forced, wanted in (("sm_90", {}, True), ("sm_90", {"pdl": 0}, False), ("sm_89", {}, False)):
+        with tuning.overriding(**({"mla_kv_pack": forced} if forced else {})):
+            assert plan(Target(arch.by_name(name), int), *args).pdl == wanted
 
 
 @pytest.mark.parametrize("name", ["sm_80", "gfx942"])

@@ -17,6 +17,7 @@ from fusion_passes.testing import assert_fuses, assert_refuses, assert_same, run
 from tests.patterns.chunk_delta_rule_lookalikes import CHANGES, TOKENS, changed, rule, without_decay
 from tests.patterns.chunk_delta_rule_spellings import SPELLINGS, heads_first
 from tests.support.delta_rule import operands, passed, recurrence
+from tests.support.versions import not_on_2_11
 
 NAME = "chunk_delta_rule"
 LINEAR = ("kimi_linear", "qwen3_next", "qwen3_5", "olmo_hybrid", "glm5_next")
@@ -274,6 +275,8 @@ def test_symbolic_tokens() -> None:
 
 
 def test_a_dropped_rounding_follows_inductor() -> None:
+    not_on_2_11("drops casts there and back before any pass, whatever emulate_precision_casts says")
+
     def f(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
         return rule(q, k, v, g, beta, chunks=lambda p: ((p[0] * 0.5).bfloat16().float() * 2.0, *p[1:]))
 

@@ -33,6 +33,7 @@ from tests.patterns.delta_rule_intra_lookalikes import (
 from tests.patterns.delta_rule_intra_spellings import CHUNK, SPELLINGS, Spelling, inverted, solved
 from tests.support.delta_rule import passed
 from tests.support.delta_rule_intra import exact, passed_with_symbolic_tokens, sums_of
+from tests.support.versions import not_on_2_11
 
 NAME = "delta_rule_intra"
 OP = torch.ops.fusion_passes.delta_rule_intra.default
@@ -237,6 +238,7 @@ def test_pairs_of_other_keys_stay() -> None:
 
 
 def test_an_inverse_that_is_checked_is_not_computed() -> None:
+    not_on_2_11("has no node for the check")
     entry = SPELLINGS["library_inverse"]
     module, _ = fused(entry.function, *entry.inputs())
     checks = [n for n in module.graph.nodes if "_linalg_check_errors" in str(n.target)]
@@ -305,6 +307,8 @@ def test_symbolic_heads() -> None:
 
 
 def test_a_dropped_rounding_follows_inductor() -> None:
+    not_on_2_11("drops casts there and back before any pass, whatever emulate_precision_casts says")
+
     def f(*args: Tensor) -> Any:
         return systems(*args, system=lambda s, *more: s.bfloat16().float())
 

@@ -16,6 +16,7 @@ from fusion_passes.testing import assert_fuses, assert_refuses, assert_same, run
 from tests import gates
 from tests.patterns.gate_cumsum_spellings import EITHER, LOOKALIKES, SPELLINGS, Entry
 from tests.support import recompiles
+from tests.support.versions import not_on_2_11
 
 NAME = "gate_cumsum"
 
@@ -163,6 +164,8 @@ def test_shifted_gates_are_seen() -> None:
 
 
 def test_a_dropped_rounding_follows_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    not_on_2_11("drops casts there and back before any pass, whatever emulate_precision_casts says")
+
     def f(raw: Tensor, a_log: Tensor, bias: Tensor) -> Tensor:
         z = (raw + bias.view(raw.shape[-2:])).bfloat16().float()
         return chunked(-a_log.exp()[:, None] * F.softplus(z)).cumsum(2)

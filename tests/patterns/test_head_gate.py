@@ -17,6 +17,7 @@ from tests.patterns.head_gate_cases import BF16, F32, Case, Entry, assert_close
 from tests.patterns.head_gate_lookalikes import LOOKALIKES
 from tests.patterns.head_gate_spellings import SPELLINGS
 from tests.support import recompiles
+from tests.support.versions import not_on_2_11
 
 NAME = "head_gate"
 
@@ -38,6 +39,7 @@ def test_spellings_mean_what_they_claim(name: str) -> None:
 @pytest.mark.parametrize("name", SPELLINGS)
 @torch.no_grad()
 def test_spellings_are_found_and_keep_their_value(name: str, dynamic: bool) -> None:
+    not_on_2_11("traces lerp as a selection by a tensor", name == "sum_of_multiples")
     entry = SPELLINGS[name]
     inputs = entry.inputs()
     if dynamic:
@@ -57,6 +59,7 @@ def test_spellings_are_found_and_keep_their_value(name: str, dynamic: bool) -> N
 @pytest.mark.parametrize("name", LOOKALIKES)
 @torch.no_grad()
 def test_lookalikes_are_left_alone(name: str) -> None:
+    not_on_2_11("has another order of products, and so another reason", name == "two_tensors")
     entry = LOOKALIKES[name]
     report = assert_refuses(entry.function, *entry.inputs(), fusion=NAME, reason=entry.reason, fusions=NAME)
     assert entry.reason or not report.records, str(report)

@@ -15,12 +15,17 @@ from tests.patterns.mla_kv_pack_cases import E4, HEAD, HEADS, NOPE, Case, assert
 from tests.patterns.mla_kv_pack_lookalikes import LOOKALIKES
 from tests.patterns.mla_kv_pack_spellings import SPELLINGS, project
 from tests.support import recompiles
+from tests.support.versions import not_on_2_11
 
 NAME = "mla_kv_pack"
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_spellings_mean_what_they_claim(name: str) -> None:
+    not_on_2_11(
+        "makes NaN of what is too large for float8, and the fused op the largest number",
+        name == "clamped_before_the_scale",
+    )
     entry = SPELLINGS[name]
     inputs = entry.inputs()
     assert_same_bytes(entry.function(*inputs), entry.case.meaning(inputs), entry.case.loose)

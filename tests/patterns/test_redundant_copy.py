@@ -16,6 +16,7 @@ from tests.patterns.redundant_copy_lookalikes import LOOKALIKES
 from tests.patterns.redundant_copy_spellings import SPELLINGS, arguments
 from tests.support.redundant_copy import run_after_passes
 from tests.support.redundant_copy_rows import ROWS, Dims, make
+from tests.support.versions import not_on_2_11
 
 OWN: dict[str, Any] = {"fusions": "redundant_copy", "always_profitable": True}
 
@@ -59,6 +60,7 @@ def test_table(name: str) -> None:
 
 @pytest.mark.parametrize("name", LOOKALIKES)
 def test_lookalikes(name: str) -> None:
+    not_on_2_11("drops casts there and back before any pass", name == "rounded")
     function, reason = LOOKALIKES[name]
     report = same_as_eager(function, arguments(), behind_pass)
     assert report.counts["redundant_copy"] == 0, report
