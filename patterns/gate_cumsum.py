@@ -1,6 +1,7 @@
 """The gate of a (gated) delta rule, summed up inside each chunk.
 
-Found: any subgraph that ends in a float32 `cumsum` over an axis of 16, 32, 64 or 128 positions and computes
+Found: any subgraph that ends in a float32 `cumsum` over an axis of 16, 32, 64 or 128 positions, or in the product with
+a triangle of ones that stands for one, and computes
 
     c[t, h, k] = s * sum of g[t', h, k] over t' <= t in the chunk of t
     g = -exp(A_log[h]) * softplus(raw + bias)            softplus gate, any beta and threshold
@@ -41,7 +42,6 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusion_passes import advice, cone, rewrite
-from fusion_passes import aten as semantics
 from fusion_passes.access import AxisMap, factor_axes
 from fusion_passes.fusion import Context, Fusion, NearMiss, Reason, Refusal, Site, dtype_name
 from fusion_passes.layout import Piece, SubAxis, arrange, refine_shape, sub_axes
@@ -49,6 +49,7 @@ from fusion_passes.ops import gate_cumsum as op
 from fusion_passes.patterns._gate import Gate, identify
 from fusion_passes.patterns._gate_axes import Axes, Frame, divide, roles
 from fusion_passes.patterns._gate_places import check_hidden, check_read, check_tail
+from fusion_passes.patterns._gate_sums import ANCHORS, Sum, summed, wanted
 from fusion_passes.sizes import Sizes, Unsupported
 from fusion_passes.views import is_alias
 
@@ -60,10 +61,10 @@ MAX_CUTS = 24
 
 def match(anchor: Node, context: Context) -> Site | None:
     """Prove that the cumsum at `anchor` is a chunk-local sum of a gate."""
-    value, root = anchor.meta["val"], _root(anchor)
-    if value.dim() == 0:
+    total = summed(anchor, context.sizes)
+    if total is None:
         return None
-    time = semantics.arguments(anchor)["dim"] % value.dim()
+    root, time = total.root, total.time
     chunk_size = _chunk_size(anchor, time)
     whole = cone.backward(root)
     if any(node.target in REVERSALS for node in whole.interior):
@@ -75,15 +76,8 @@ def match(anchor: Node, context: Context) -> Site | None:
         except (NearMiss, Unsupported) as miss:
             failure = failure or miss
             continue
-        return _site(anchor, raw, interior, gate, axes, frame, chunk_size, context)
+        return _site(anchor, total, raw, interior, gate, axes, frame, chunk_size, context)
     raise failure or NearMiss("no tensor that depends on time was found among its inputs")
-
-
-def _root(anchor: Node) -> Node:
-    """What is summed up."""
-    root = anchor.args[0]
-    assert isinstance(root, Node)
-    return root
 
 
 def _chunk_size(anchor: Node, time: int) -> int:
@@ -182,7 +176,7 @@ def _check_places(root: Node, raw: Node, maps: dict[Node, AxisMap], axes: Axes, 
 
 
 def _site(
-    anchor: Node, raw: Node, interior: set[Node], gate: Gate, axes: Axes, frame: Frame, chunk_size: int,
+    anchor: Node, total: Sum, raw: Node, interior: set[Node], gate: Gate, axes: Axes, frame: Frame, chunk_size: int,
     context: Context,
 ) -> Site:  # fmt: skip
     replaced, scale = _trailing_scale(anchor)
@@ -191,7 +185,7 @@ def _site(
     heads = math.prod(shape[a] for a in axes.head)
     channels = math.prod(shape[a] for a in axes.channel)
     per = f"{heads} heads x {channels} channels" if axes.channel else f"{heads} heads, one gate each"
-    factor = gate.scale * scale
+    factor = gate.scale * total.factor * scale
     form = "softplus gate" if gate.lower_bound is None else "bounded gate"
     return Site(
         anchor=anchor,
@@ -199,6 +193,7 @@ def _site(
         leaves=leaves,
         interior=interior | {anchor, replaced},
         params={
+            "root": total.root,
             "gate": dataclasses.replace(gate, scale=factor),
             "axes": axes,
             "frame": frame,
@@ -248,8 +243,7 @@ def profit(site: Site, context: Context) -> Reason:
 
 def replace(site: Site, graph: Graph) -> Node:
     """`torch.ops.fusion_passes.gate_cumsum` on views of the leaves, viewed as the shape that the graph had."""
-    gate, axes, frame, sizes = (site.params[name] for name in ("gate", "axes", "frame", "sizes"))
-    root = _root(site.anchor)
+    root, gate, axes, frame, sizes = (site.params[name] for name in ("root", "gate", "axes", "frame", "sizes"))
     shape, own = frame.lengths(sizes.shape(root)), root.meta["val"].shape
     maps = {name: factor_axes(root, leaf, sizes, shape=shape) for name, leaf in site.leaves.items()}
     pieces = refine_shape(list(maps.values()), shape, [isinstance(n, int) for n in frame.lengths(own)])
@@ -354,9 +348,10 @@ def _in_frame(graph: Graph, out: Node, layout: str, axes: Axes, memory: list[int
 FUSION = Fusion(
     name="gate_cumsum",
     doc="KDA/GDN gate (softplus or bounded) with its chunk-local cumsum, in one pass",
-    anchors=(aten.cumsum.default,),
+    anchors=ANCHORS,
     match=match,
     replace=replace,
     guard=guard,
     profit=profit,
+    wants=wanted,
 )

@@ -39,12 +39,6 @@ def rate_after_the_cumsum(raw: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
 
 
 @entry(EITHER, Case())
-def triangular_matmul(raw: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
-    """Cumsum as a product with a triangle of ones."""
-    return torch.ones(64, 64).tril() @ chunked(gate(raw, A_log, bias))
-
-
-@entry(EITHER, Case())
 def one_cumsum_per_chunk(raw: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
     """A Python loop over chunks, results stacked."""
     g = gate(raw, A_log, bias).transpose(1, 2)

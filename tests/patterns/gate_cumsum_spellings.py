@@ -10,8 +10,10 @@ from tests.patterns.gate_cumsum_cases import Entry, Table
 from tests.patterns.gate_cumsum_channel import CHANNEL
 from tests.patterns.gate_cumsum_either import EITHER
 from tests.patterns.gate_cumsum_head import BOUNDED, HEAD
-from tests.patterns.gate_cumsum_lookalikes import LOOKALIKES
+from tests.patterns.gate_cumsum_lookalikes import LOOKALIKES as OTHERS
+from tests.patterns.gate_cumsum_products import OTHER_PRODUCTS, PRODUCTS
 
-SPELLINGS: Table = {**CHANNEL, **HEAD, **BOUNDED}
+SPELLINGS: Table = {**CHANNEL, **HEAD, **BOUNDED, **PRODUCTS}
+LOOKALIKES: Table = {**OTHERS, **OTHER_PRODUCTS}
 
 __all__ = ["EITHER", "LOOKALIKES", "SPELLINGS", "Entry"]
