@@ -47,7 +47,7 @@ TOOLS = {
 
 
 @triton.jit
-def planted_kernel(x_ptr):
+def planted_kernel(x_ptr):  # type: ignore[no-untyped-def]
     tl.store(x_ptr + (1 << 20), 1.0)
 
 
