@@ -89,7 +89,7 @@ def _is_dead(node: Node) -> bool:
 
 def mutations(site: Site, context: Context) -> Reason:
     """No leaf's memory is written between the first read in the subgraph and the last."""
-    writers = [n for n in context.graph.nodes if _mutates(n)]
+    writers = [n for n in context.graph.nodes if mutates(n)]
     if not writers:
         return None
     order = {node: i for i, node in enumerate(context.graph.nodes)}
@@ -106,7 +106,8 @@ def mutations(site: Site, context: Context) -> Reason:
     return None
 
 
-def _mutates(node: Node) -> bool:
+def mutates(node: Node) -> bool:
+    """Does `node` write into a tensor that it is given?"""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable

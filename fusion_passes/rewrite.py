@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from fusion_passes import restriding
 from fusion_passes.folding import is_view
 from fusion_passes.fusion import Refusal
+from fusion_passes.guards import mutates
 from fusion_passes.sizes import Sizes
 
 # What a new node inherits from the one it stands for: where it came from, not what it is.
@@ -101,8 +102,7 @@ def _put_before(limit: Node, node: Node, moved: list[tuple[Node, Node]]) -> bool
 
 def _writes_between(start: Node, end: Node) -> bool:
     while start is not end:
-        schema = getattr(start.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
+        if mutates(start):
             return True
         start = start.next
     return False

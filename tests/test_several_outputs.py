@@ -121,16 +121,17 @@ def test_views_stay_where_they_are_when_the_site_is_left_alone() -> None:
     assert text == untouched and report.records[0].outcome == "refused"
 
 
-def test_views_are_not_moved_over_a_write() -> None:
+@pytest.mark.parametrize("write", [aten.mul_.Tensor, torch.ops.higher_order.triton_kernel_wrapper_mutation])
+def test_views_are_not_moved_over_a_write(write: Any) -> None:
     graph = trace(later_view, *draw(), decompose=False).graph
     site = sites(graph)
     order = [node.name for node in graph.nodes]
     (reader,) = site.replaced.users
     with graph.inserting_after(reader):
-        write = graph.call_function(aten.mul_.Tensor, (reader.all_input_nodes[0], 2))
+        writer = graph.call_function(write, (reader.all_input_nodes[0], 2))
     with pytest.raises(Refusal, match="before slice_1 is computed"):
         rewrite.replace(graph, site.outputs, site.leaves.values(), list, [], {})
-    assert [node.name for node in graph.nodes if node is not write] == order
+    assert [node.name for node in graph.nodes if node is not writer] == order
 
 
 def graph_after(f: Callable[..., Any], fusions: str, **stages: Any) -> tuple[str, Report]:
