@@ -24,7 +24,6 @@ from fusion_passes.plans import Launch, Operand, Output, Plan, Program, Target, 
 # Looks that an op remembers; the one that was used least recently makes room.
 MOST_PREPARED = 512
 
-
 # Triton compiles a binary of its own for pointers that are multiples of so many bytes.
 ALIGNMENT = 16
 
@@ -48,7 +47,7 @@ class Binary:
     """A launch with the binary that Triton launched for it."""
 
     def __init__(self, launch: Launch, compiled: Any, written: Sequence[Output]) -> None:
-        self._launch = compiled[tuple(launch.grid) + (1,) * (3 - len(launch.grid))]
+        self._launch = compiled[launch.whole_grid]
         values = [launch.args[name] for name in launch.kernel.arg_names]
         self._values = [None if isinstance(value, (Operand, Output)) else value for value in values]
         self._read = [(at, value.handle) for at, value in enumerate(values) if isinstance(value, Operand)]

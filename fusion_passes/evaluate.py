@@ -202,8 +202,10 @@ def hashed(seed: int, low: float, high: float, special: Sequence[float] = ()) ->
     return leaf
 
 
-def constant(node: Node, sizes: Sizes) -> bool:
+def constant(node: Node, sizes: Sizes | None) -> bool:
     """Is every element of `node` determined by sizes alone, as for masks, identities and zeros?
+
+    Without `sizes` any number that is computed from sizes will do.
 
     Uninitialised memory counts as constant, since it carries no data.
     """
@@ -215,7 +217,8 @@ def constant(node: Node, sizes: Sizes) -> bool:
         seen.add(at)
         if not _is_tensor_like(at):
             try:
-                sizes.of(at)
+                if sizes is not None:
+                    sizes.of(at)
             except Unsupported:
                 return False
         elif at.op != "call_function" or (_rule_of(at) is None and at.target not in _TUPLES):

@@ -261,7 +261,7 @@ def _emit(program: Program, device: torch.device) -> Any:
     for launch in program.launches:
         (_DependentLaunch if launch.pdl else ir.UserDefinedTritonKernel)(
             kernel_idx=kernel_side_table.add_kernel(_with_config(launch.kernel, launch.num_warps, launch.num_stages)),
-            grid=[tuple(launch.grid) + (1,) * (3 - len(launch.grid))],
+            grid=[launch.whole_grid],
             tma_descriptor_metadata={},
             kernel_args=launch.bound(tensors),
         )

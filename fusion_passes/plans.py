@@ -86,6 +86,11 @@ class Launch:
         return bool(self.args.get("PDL"))
 
     @property
+    def whole_grid(self) -> tuple[Size, ...]:
+        """The grid with all three sizes."""
+        return (*self.grid, *(1,) * (3 - len(self.grid)))
+
+    @property
     def outputs(self) -> tuple[Output, ...]:
         return tuple(value for value in self.args.values() if isinstance(value, Output))
 

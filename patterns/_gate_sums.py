@@ -66,20 +66,8 @@ def _operands(product: Node) -> tuple[Node, Node]:
 def _is_made(matrix: Node) -> bool:
     """Square, as long as a chunk, and made without a tensor that the graph takes in."""
     rows, columns = matrix.meta["val"].shape[-2:]
-    if not any(statically_known_true(rows == size) and statically_known_true(columns == size) for size in CHUNK_SIZES):
-        return False
-    pending, seen = [matrix], {matrix}
-    while pending:
-        node = pending.pop()
-        if not isinstance(node.meta.get("val"), torch.Tensor):
-            continue
-        if node.op != "call_function":
-            return False
-        # What a tensor is filled like lends its shape alone.
-        sources = [] if node.target in semantics.FILLS else [n for n in node.all_input_nodes if n not in seen]
-        seen.update(sources)
-        pending += sources
-    return True
+    square = any(statically_known_true(rows == n) and statically_known_true(columns == n) for n in CHUNK_SIZES)
+    return square and constant(matrix, None)
 
 
 def _triangle(matrix: Node, lower: bool, sizes: Sizes) -> float | None:

@@ -31,6 +31,7 @@ from tests.support.index_score import (
     launch,
     relative_error,
 )
+from tests.support.versions import not_on_2_11
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -182,8 +183,8 @@ def test_spellings_compile_to_one_launch(name: str) -> None:
     from torch._inductor.utils import run_and_get_code
 
     entry = SPELLINGS[name]
-    if {"unflatten", "arange"} & {*entry.function.__code__.co_names} and torch.__version__ < "2.12":
-        pytest.skip("dynamo of torch 2.11 does not trace this under a default device")
+    untraced = {"unflatten", "arange"} & {*entry.function.__code__.co_names}
+    not_on_2_11("does not trace this under a default device", bool(untraced))
     torch._dynamo.reset()
     inputs = [t.cuda() for t in entry.inputs()]
     with torch.no_grad(), torch.device("cuda"), fusion_passes.config.patch(strict=True, fusions="index_score"):

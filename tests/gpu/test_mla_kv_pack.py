@@ -16,6 +16,7 @@ from fusion_passes.ops.mla_kv_pack import KEY_OP, OP, cases, float8_reason
 from tests.patterns.mla_kv_pack_cases import assert_same_bytes
 from tests.patterns.mla_kv_pack_spellings import SPELLINGS
 from tests.support.mla_kv_pack import DIVISORS, E4, E5, Arguments, draw, expected, launch, same_bytes
+from tests.support.versions import not_on_2_11
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or float8_reason(of_device(torch.device("cuda"))) is not None,
@@ -154,8 +155,7 @@ def test_spellings_compile_to_one_launch(name: str, dynamic: bool) -> None:
     from torch._inductor.utils import run_and_get_code
 
     entry = SPELLINGS[name]
-    if "unflatten" in entry.function.__code__.co_names and torch.__version__ < "2.12":
-        pytest.skip("dynamo of torch 2.11 does not trace unflatten under a default device")
+    not_on_2_11("traces no unflatten under a default device", "unflatten" in entry.function.__code__.co_names)
     compiled = torch.compile(entry.function, backend="fusion_passes", fullgraph=True, dynamic=False)
     for tokens in (6, 50) if dynamic else (6,):
         inputs = entry.case.inputs(tokens=tokens)
