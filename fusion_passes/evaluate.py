@@ -225,6 +225,8 @@ def constant(node: Node, sizes: Sizes | None) -> bool:
             return False
         elif at.target in aten.FILLS:  # a tensor argument lends its shape only
             pending += [n for n in at.all_input_nodes if not _is_tensor_like(n)]
+        elif any(n.op != "call_function" and _is_tensor_like(n) for n in at.all_input_nodes):
+            return False  # before any long way back to other inputs
         else:
             pending += at.all_input_nodes
     return True
