@@ -155,7 +155,6 @@ def plan(
         "q_offset": q.offset, "k_offset": k.offset, "tokens": tokens, "sequences": sequences,
         **_strides("q", q), **_strides("k", k),
         "VARLEN": varlen, "HK": key_heads, "HV": heads, "K": key, "BK": padded, "PRECISION": precision,
-        "PDL": target.arch.pdl,
     }  # fmt: skip
     first: dict[str, Any] = {
         **inputs, "g_ptr": g, "beta_ptr": beta, "a_log_ptr": a_log and a_log.whole(),
@@ -164,7 +163,7 @@ def plan(
         **_small_strides("BIAS", dt_bias, per_channel),
         "SCALE": scale, "NORM": norm_eps is not None, "EPS": norm_eps or 0.0, "GATE": gate, "LOWER_BOUND": lower_bound,
         "SIGMOID": beta_sigmoid is not None, "BETA_FACTOR": beta_sigmoid or 1.0, "SEARCH": 128,
-        "SOLVE": "tf32" if narrow else exact,
+        "SOLVE": "tf32" if narrow else exact, "LEADS": target.arch.pdl,
     }  # fmt: skip
     between: dict[str, Any] = {"factors_ptr": None, "rows_ptr": None, "decay_ptr": None}
     if per_channel:
@@ -190,6 +189,7 @@ def plan(
         "final_ptr": final if output_final_state else None,
         "PER_CHANNEL": per_channel, "SUMMARY": False, "SEGMENTS": segments, "V": value, "BV": use["columns"],
         "EVEN": not varlen and (static(tokens) or 1) % CHUNK == 0, "STAGES": use["stages"],
+        "PDL": target.arch.pdl,
     }  # fmt: skip
     columns = value // use["columns"]
     programs = heads * segments * sequences

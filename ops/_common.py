@@ -54,3 +54,14 @@ def begin(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def start_next(LEADS: tl.constexpr):
+    """Let the launch behind this one start, if it is a programmatic dependent one, which waits for this one's end.
+
+    For a kernel that is itself launched as usual, when all before have ended. Nothing is moved over this: what is
+    computed behind it takes no registers ahead of it.
+    """
+    if LEADS:
+        tl.extra.cuda.gdc_launch_dependents()

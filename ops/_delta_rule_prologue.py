@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusion_passes.ops._common import begin, log2_1p_exp, log2_1p_exp2, sigmoid_exp2
+from fusion_passes.ops._common import log2_1p_exp, log2_1p_exp2, sigmoid_exp2, start_next
 from fusion_passes.ops._delta_rule_inverse import inverse
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -135,14 +135,13 @@ def delta_rule_prologue_per_head_kernel(
     SCALE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, GATE: tl.constexpr, LOWER_BOUND: tl.constexpr,
     SIGMOID: tl.constexpr, BETA_FACTOR: tl.constexpr, VARLEN: tl.constexpr, SEARCH: tl.constexpr,
     HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, A_H: tl.constexpr, BIAS_H: tl.constexpr,
-    SOLVE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SOLVE: tl.constexpr, PRECISION: tl.constexpr, LEADS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (slots * HV,). One decay per value head.
 
     q, k [B, T, HK, K], g and beta [B, T, HV], a_log and bias [HV]. Writes tiles [slots, HV, 2, 64, 64] (A, Aq) and
     factors [slots, HV, 4, 64] float32: of k S, of q S, of v' on its way into the state, and first the chunk's decay.
     """
-    begin(PDL)
     pid = tl.program_id(0)
     head = pid % HV
     slot = pid // HV
@@ -188,8 +187,8 @@ def delta_rule_prologue_per_head_kernel(
     tl.store(p_tile + CHUNK * CHUNK, tl.where(b_lower, b_aq, 0.0).to(tiles_ptr.dtype.element_ty))
     b_l = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_pairs * (b_beta * b_rk)[:, None]
     b_l = tl.where(o_t[:, None] > o_t[None, :], b_l, 0.0)
-    b_inverse = inverse(b_l, SOLVE)
-    tl.store(p_tile, (b_inverse * b_beta[None, :]).to(tiles_ptr.dtype.element_ty))
+    start_next(LEADS)
+    tl.store(p_tile, (inverse(b_l, SOLVE) * b_beta[None, :]).to(tiles_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -243,7 +242,7 @@ def delta_rule_prologue_per_channel_kernel(
     SIGMOID: tl.constexpr, BETA_FACTOR: tl.constexpr, VARLEN: tl.constexpr, SEARCH: tl.constexpr,
     HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
     A_H: tl.constexpr, A_K: tl.constexpr, BIAS_H: tl.constexpr, BIAS_K: tl.constexpr,
-    SOLVE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SOLVE: tl.constexpr, PRECISION: tl.constexpr, LEADS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (slots * HV,). A decay per channel.
 
@@ -251,7 +250,6 @@ def delta_rule_prologue_per_channel_kernel(
     Writes tiles [slots, HV, 2, 64, 64] (A, Aq), rows [slots, HV, 3, 64, BK] (k exp G, scale q exp G,
     k exp(G_last - G), normalised) and decay [slots, HV, BK] float32 (exp G_last).
     """
-    begin(PDL)
     operand: tl.constexpr = tiles_ptr.dtype.element_ty
     # 11 bits of a log decay are enough where its exponential is rounded to 8.
     log_decay: tl.constexpr = tl.float16 if operand == tl.bfloat16 else tl.float32
@@ -305,4 +303,5 @@ def delta_rule_prologue_per_channel_kernel(
     p_tile = tiles_ptr + pid.to(tl.int64) * (2 * CHUNK * CHUNK) + o_i * CHUNK + o_j
     tl.store(p_tile + CHUNK * CHUNK, tl.where(o_i >= o_j, b_qk, 0.0).to(operand))
     b_l = tl.where(o_i > o_j, b_kk * ((b_beta * b_rk)[:, None] * b_rk[None, :]), 0.0)
+    start_next(LEADS)
     tl.store(p_tile, (inverse(b_l, SOLVE) * b_beta[None, :]).to(operand))
