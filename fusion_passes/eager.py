@@ -34,7 +34,7 @@ class Prepared:
 
     Attributes:
         program: its operands hold no tensors: the place of the argument stands in for `handle`.
-        alone: whether the op returns one tensor and not several.
+        alone: whether the op returns one tensor and not several, or none.
         binaries: the launches with the binaries of an earlier call, whose pointers were aligned; empty before it.
     """
 
@@ -110,19 +110,21 @@ def _look_of(arg: Any) -> Any:
 def _prepare(fake: Callable[..., Any], plan: Plan, args: tuple[Any, ...]) -> Prepared | None:
     """The call, checked and planned; None where there is nothing to compute."""
     out = fake(*args)
-    results = list(out) if isinstance(out, (tuple, list)) else [out]
-    if all(t.numel() == 0 for t in results):
+    results = [] if out is None else list(out) if isinstance(out, (tuple, list)) else [out]
+    # An op without results writes into its first argument.
+    if all(t.numel() == 0 for t in results or args[:1]):
         return None
     places = (
         dataclasses.replace(operand_of(arg), handle=place, view=place) if isinstance(arg, torch.Tensor) else arg
         for place, arg in enumerate(args)
     )
-    program = Program.of(plan(Target(architectures.of_device(results[0].device), int), *places))
+    device = (results or args)[0].device
+    program = Program.of(plan(Target(architectures.of_device(device), int), *places))
     planned = [_layout(output.shape, output.strides, output.dtype) for output in program.outputs]
     promised = [_layout(result.shape, result.stride(), result.dtype) for result in results]
     if planned != promised:
         raise RuntimeError(f"the plan writes {planned} where the op returns {promised}")
-    return Prepared(program, not isinstance(out, (tuple, list)))
+    return Prepared(program, isinstance(out, torch.Tensor))
 
 
 def _layout(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> tuple[Any, ...]:
@@ -145,7 +147,7 @@ def _run(call: Prepared, args: tuple[Any, ...]) -> Any:
             # AMD's binaries depend on the number of bytes behind a pointer as well.
             if aligned and None not in compiled and torch.version.hip is None:
                 call.binaries = [Binary(*pair, program.written) for pair in zip(program.launches, compiled)]
-    return tensors[0] if call.alone else tuple(tensors[: len(program.outputs)])
+    return tensors[0] if call.alone else tuple(tensors[: len(program.outputs)]) or None
 
 
 def _empty(output: Output, device: torch.device) -> torch.Tensor:

@@ -15,15 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_passes import arch as architectures
-from fusion_passes.eager import run
+from fusion_passes.eager import launcher
 from fusion_passes.fusion import dtype_name
 from fusion_passes.lowering import (
     LIBRARY,
     Launch,
     NotInlinable,
     Operand,
-    Program,
     Size,
     Target,
     cdiv,
@@ -31,7 +29,6 @@ from fusion_passes.lowering import (
     static,
 )
 from fusion_passes.ops._checks import FLOATS, typed
-from fusion_passes.plans import operand_of
 
 # Pairs of one program, and rows below which a program takes fewer, so that there are programs for all of the GPU.
 PAIRS = 2048
@@ -97,21 +94,12 @@ def _cpu(pairs: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> None
     torch.ops.aten.copy_.default(pairs, reference(pairs, cos, sin, inverse))
 
 
-def _cuda(pairs: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> None:
-    check_arguments(pairs, cos, sin, inverse)
-    if pairs.numel():
-        target = Target(architectures.of_device(pairs.device), int)
-        with torch.cuda.device(pairs.device):
-            launch = plan(target, operand_of(pairs), operand_of(cos), operand_of(sin), inverse)
-            run(Program.of(launch), {})
-
-
 LIBRARY.define(
     "rotate_pairs_(Tensor(a!) pairs, Tensor cos, Tensor sin, bool inverse=False) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.impl("rotate_pairs_", _cpu, "CPU")
-LIBRARY.impl("rotate_pairs_", _cuda, "CUDA")
+LIBRARY.impl("rotate_pairs_", launcher(check_arguments, plan), "CUDA")
 torch.library.register_fake("fusion_passes::rotate_pairs_", check_arguments, lib=LIBRARY)
 OP = torch.ops.fusion_passes.rotate_pairs_.default
 inline(OP, plan)

@@ -169,3 +169,16 @@ def test_the_number_of_looks_is_bounded(op: Op, monkeypatch: pytest.MonkeyPatch)
     for width in (1, 2, 3, 1):
         op.call(torch.ones(1, width), 2.0, [1])
     assert op.planned == 4
+
+
+def test_an_op_without_results_writes_into_its_first_argument(op: Op) -> None:
+    def plan(target: Target, x: Operand, factor: float) -> Launch:
+        op.planned += 1
+        return Launch(op.kernel, (1,), {"x": x, "out": x, "factor": factor, "PDL": False}, 4)
+
+    call = eager.launcher(lambda x, factor: None, plan)
+    for x in (torch.randn(3, 4), torch.randn(3, 4), torch.ones(0, 4)):
+        expected = x * 2
+        assert call(x, 2.0) is None
+        assert torch.equal(x, expected)
+    assert (op.planned, len(op.kernel.launched), len(op.kernel.direct)) == (1, 1, 1)
