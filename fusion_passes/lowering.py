@@ -227,18 +227,23 @@ def _with_config(kernel: Any, num_warps: int, num_stages: int) -> Any:
     return triton.autotune(configs=[triton.Config({}, num_warps=num_warps, num_stages=num_stages)], key=[])(kernel)
 
 
-class _DependentLaunch(ir.UserDefinedTritonKernel):
-    """A kernel whose launch is programmatic dependent.
+class _KernelLaunch(ir.UserDefinedTritonKernel):
+    """A kernel that may take part in programmatic dependent launch.
 
-    Inductor compiles and launches kernels so whose `triton_meta` asks for it, but writes that for its own ones alone.
-    Its analysis of what a kernel writes gives up at an instruction that waits, so it is shown the kernel without one.
+    Inductor's analysis of what a kernel writes gives up at the instructions for it, and takes all inputs for written: it
+    is shown the kernel without them. It compiles and launches kernels dependently whose `triton_meta` asks for it, but
+    writes that for its own ones alone.
     """
 
     def __init__(self, *, kernel_args: dict[str, Any], **rest: Any) -> None:
-        super().__init__(kernel_args={**kernel_args, "PDL": False}, **rest)
-        self.kwargs["PDL"] = True
+        dependent = {name: kernel_args[name] for name in ("PDL", "LEADS") if name in kernel_args}
+        super().__init__(kernel_args={**kernel_args, **dict.fromkeys(dependent, False)}, **rest)
+        self.kwargs.update(dependent)
 
     def codegen(self, wrapper: Any) -> None:
+        if not self.kwargs.get("PDL"):
+            super().codegen(wrapper)
+            return
         define = wrapper.define_kernel
 
         def dependent(name: str, body: str, *rest: Any, **named: Any) -> None:
@@ -259,7 +264,7 @@ def _emit(program: Program, device: torch.device) -> Any:
         tensors[output] = inductor.empty_strided(shape, strides, dtype=output.dtype, device=device)
         tensors[output].realize()
     for launch in program.launches:
-        (_DependentLaunch if launch.pdl else ir.UserDefinedTritonKernel)(
+        _KernelLaunch(
             kernel_idx=kernel_side_table.add_kernel(_with_config(launch.kernel, launch.num_warps, launch.num_stages)),
             grid=[launch.whole_grid],
             tma_descriptor_metadata={},

@@ -75,7 +75,7 @@ class Launch:
         grid: one to three sizes.
         args: every argument of the kernel by name: `Operand`, `Output`, number or None. constexprs included. With
             "PDL" among them and true, the launch is a programmatic dependent one: the kernel may start before the one
-            ahead of it has ended, and waits for it itself.
+            ahead of it has ended, and waits for it itself. With "LEADS" it lets the one behind it start so.
         num_warps, num_stages: as Triton takes them.
     """
 

@@ -17,6 +17,7 @@ from fusion_passes import ops
 from fusion_passes.arch import TABLE, by_name
 from fusion_passes.lowering import Launch, Program, Target
 from fusion_passes.ops._chunk_delta_rule_plan import plan as delta_rule_plan
+from fusion_passes.ops.chunk_delta_rule import chunk_delta_rule
 from fusion_passes.ops.gate_cumsum import plan
 from fusion_passes.plans import operand_of
 from tests.support import fake_cuda, sass
@@ -103,3 +104,18 @@ def test_inductor_compiles_the_launch_for_it(monkeypatch: pytest.MonkeyPatch) ->
     assert "gdc_wait()" in code and "triton_" in stock
     # Not replayed, the launch would cost the host more than it saves the GPU.
     assert "'launch_pdl': True" not in fake_cuda.wrapper_code(layer, [raw, a_log])
+
+
+def test_what_the_first_launch_writes_is_known_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cuda.require()
+
+    def layer(q: torch.Tensor, g: torch.Tensor) -> Any:
+        return chunk_delta_rule(q, q, q, g, g)
+
+    q, g = torch.empty(1, 128, 2, 64, dtype=torch.bfloat16), torch.empty(1, 128, 2)
+    written = fake_cuda.written_arguments(monkeypatch)
+    code = fake_cuda.wrapper_code(layer, [q, g])
+    assert written == [["factors_ptr", "tiles_ptr"], ["o_ptr"]]
+    first, second = code.split("def delta_rule_scan_kernel(")
+    assert first.count("'LEADS': True") == 1 and code.count("'launch_pdl': True") == 1
+    assert "gdc_launch_dependents()" in first and "gdc_wait()" in second
