@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["LINEAR_ATTENTION", "NAMES", "build"]
+__all__ = ["LINEAR_ATTENTION", "NAMES", "build", "decoding"]
 
 VOCAB = 512
 # Packages whose kernels transformers binds while a model's module is imported.
@@ -205,3 +205,19 @@ def build(
         _initialise_decay(model, recipe)
         ids = torch.randint(3, VOCAB, (batch, seq))
     return model.eval().requires_grad_(False), {"input_ids": ids, "use_cache": False}
+
+
+@torch.no_grad()
+def decoding(model: torch.nn.Module, inputs: dict[str, Any], steps: int = 1) -> dict[str, Any]:
+    """Keyword arguments of the step behind a prompt: one more token, and a static cache that holds the prompt.
+
+    Args:
+        model: from `build`.
+        inputs: the prompt, from `build` too; it is run eagerly.
+        steps: how many calls with these arguments the cache has room for.
+    """
+    ids = inputs["input_ids"]
+    static_cache = importlib.import_module("transformers").StaticCache
+    cache = static_cache(config=model.config, max_cache_len=ids.shape[1] + steps)
+    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    return {"input_ids": ids[:, :1].clone(), "past_key_values": cache, "use_cache": True}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -13,10 +16,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 
 from fusion_passes import arch, benchmarking, hf_models
 from fusion_passes.__main__ import main
 from fusion_passes.bench import cases, cli, contestants, models, progress, results, runner
+from fusion_passes.bench.limits import time_limit
 from fusion_passes.bench.results import Entry, Row
 from fusion_passes.benchmarking import Case, Timing
 from fusion_passes.ops import _gate_cumsum_cases
@@ -259,6 +264,43 @@ def test_a_model_that_cannot_be_measured_says_so(small_model: Any) -> None:
     assert row.entries["fused"].failed == "RuntimeError: out of memory"
 
 
+def test_contestants_of_a_model_that_take_too_long_are_stopped(small_model: Any) -> None:
+    def slow(call: Callable[[], Any]) -> models.Sample:
+        with contextlib.suppress(Exception):  # as a compiler does that carries on after an error
+            time.sleep(60)
+        return models.Sample(1.0, 1.0, 1, 1)
+
+    row = models.measure("kimi_linear", models.Size(64, 1, 2), ["eager"], CPU, slow, ways=[], limit_s=0.2)
+    assert row.entries["eager"].failed == "takes longer than 0.2 s"
+    started = time.monotonic()
+    with time_limit(60), time_limit(None):
+        pass
+    assert time.monotonic() - started < 1 and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_model_that_is_bound_and_decodes() -> None:
+    """The prompt fills a cache of each contestant, and the step behind it is what counts."""
+    pytest.importorskip("transformers")
+    seen: list[int] = []
+
+    def steps(call: Callable[[], Any]) -> models.Sample:
+        for _ in range(3):
+            cache = call().past_key_values
+        seen.append(int(cache.get_seq_length(1)))
+        return models.Sample(None, 2000.0, 7, 11, "no CUDA graph")
+
+    size = models.Size(20, 2, 2, decode=True)
+    small: dict[str, Any] = {"real": False, "dtype": torch.float32}
+    quick: dict[str, Any] = {"fallback_by_default": True} if hasattr(inductor_config, "fallback_by_default") else {}
+    with inductor_config.patch(quick):
+        row = models.measure("olmo_hybrid", size, ["eager"], CPU, steps, ways=["bound"], **small)
+    assert row.name == "olmo_hybrid decode T=20 B=2 layers=2" and list(row.entries) == ["bound", "eager"]
+    assert row.ours == "bound" and row.weights_mb > 0 and seen == [24, 24]
+    bound = row.entries["bound"]
+    assert bound.sites == {"chunk_delta_rule": 1} and (bound.error or 0) < 1e-5
+    assert bound.gpu_us is None and bound.note == "no CUDA graph" and not bound.failed
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -327,7 +369,7 @@ def test_models_on_the_command_line(
     pytest.importorskip("transformers")
     monkeypatch.setattr(models, "measure", functools.partial(models.measure, clock=sample))
     arguments = ["bench", "--model", "qwen3_next", "--tokens", "64", "128", "--layers", "4", "--baselines", "eager"]
-    assert main(arguments) == 0
+    assert main([*arguments, "--ways", "fused", "--limit", "300"]) == 0
     assert on_cpu == [] and [asked["seq"] for asked in small_model] == [64, 128]
     assert "| qwen3_next T=128 B=1 layers=4 | fused | 1.50 | 2.00 | 7 | 11 |" in capsys.readouterr().out
 
@@ -355,6 +397,7 @@ def test_no_gpu_is_an_error_of_its_own(capsys: pytest.CaptureFixture[str]) -> No
         (["--model", "gpt2"], "unknown model 'gpt2'. Known: kimi_linear"),
         (["--case", "nowhere"], "has 'nowhere' in its name"),
         (["--baselines", "fastest"], "unknown baseline 'fastest'"),
+        (["--ways", "bind"], "unknown way 'bind'. Did you mean 'bound'?"),
         (["--from", "missing.json"], "missing.json holds no benchmark results"),
         (["--compare", "missing.json", "other.json"], "missing.json holds no benchmark results"),
     ],

@@ -87,8 +87,9 @@ def test_committed_results_say_where_they_are_from(path: Path) -> None:
     for one in found.rows:
         # Ours, and something to compare it with, unless that stands in the results of cold inputs; stock cannot compile
         # every case in reasonable time.
-        assert one.gpu_us("fused") or one.gpu_us("op"), one.name
-        assert warm or one.gpu_us("stock") or one.gpu_us("fla"), one.name
+        assert one.gpu_us(one.ours), one.name
+        others = ("stock", "fla", *(["eager"] if one.model else []))
+        assert warm or any(map(one.gpu_us, others)), one.name
         assert one.model or one.floor_us == pytest.approx(1e6 * max(one.bytes / 4.25e12, one.flops / 7.86e14), abs=0.01)
 
 
@@ -121,6 +122,13 @@ def test_slower_is_no_failure_where_nothing_was_fused_or_another_is_the_judge() 
     left_alone = dataclasses.replace(slow, sites={"gate_cumsum": 0})
     assert verdicts.failures([row(fused=left_alone, stock=STOCK), row(fused=slow, max_autotune=STOCK)]) == []
     assert verdicts.failures([row(fused=slow, stock=Entry(1.0, 1.0, failed="wrong"))]) == []
+
+
+def test_each_of_our_compiles_is_judged() -> None:
+    slow = dataclasses.replace(FUSED, gpu_us=99.0)
+    found = verdicts.failures([row(fused=FUSED, bound=slow, stock=STOCK)])
+    assert found == ["gate_cumsum T=128: bound: GPU time 99.0 us is 395 % above stock (20.0 us)"]
+    assert row(bound=FUSED, op=FUSED).ours == "bound"
 
 
 def test_a_wrong_result_of_ours_fails_and_of_others_does_not() -> None:
@@ -234,6 +242,13 @@ def test_table_of_models_and_of_several_ops() -> None:
         "| kimi_linear T=2048 B=1 layers=2 | fused | 6.82 | 7.00 | 412 | 758 | 26.1 | gate_cumsum 1 | 1e-02 |",
         "| kimi_linear T=2048 B=1 layers=2 | stock | failed | – | – | – | – | – | – |",
     ]
+
+
+def test_table_of_models_says_how_much_memory_is_not_weights() -> None:
+    lines = tables.markdown([dataclasses.replace(MODEL, weights_mb=700), MODEL]).splitlines()
+    assert "| kernels | peak MiB | above weights | first call s |" in lines[0]
+    assert [line.count("|") for line in lines] == [lines[0].count("|")] * 6
+    assert "| 412 | 758 | 58 | 26.1 |" in lines[2] and "| 412 | 758 | – | 26.1 |" in lines[4]
 
 
 def test_summary_of_a_row() -> None:

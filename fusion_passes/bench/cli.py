@@ -26,6 +26,9 @@ wall time is per call without a graph; all contestants take turns. With --warm o
 is the plain PyTorch spelling compiled with this backend, "op" the bare op. Next to each time stands the relative error
 (L2) against float64. The floor is the time that the bytes at the GPU's copy rate, or the FLOPs at its matrix rate,
 would take.
+
+Models: "fused" is the model compiled as it is with this backend, "bound" the same inside of fusion_passes.transformers.
+bind, where it has linear attention. The first call compiles everything anew. The peak of memory includes the weights.
 """
 
 EPILOG = """\
@@ -58,6 +61,11 @@ def add_parser(commands: Any) -> None:
     what.add_argument("--tokens", nargs="+", type=int, default=[2048], help="tokens of a model's input")
     what.add_argument("--batch", type=int, default=1, help="sequences of a model's input")
     what.add_argument("--layers", type=int, default=2, help="layers of a model")
+    what.add_argument("--decode", action="store_true", help="of a model, the step of one token behind its input")
+    what.add_argument(
+        "--ways", metavar="A,B", help=f"how a model is made ours, of {', '.join(results.COMPILED)}; default: both"
+    )
+    what.add_argument("--limit", type=float, metavar="SECONDS", help="a contestant of a model that takes longer fails")
     what.add_argument(
         "--baselines",
         metavar="A,B",
@@ -124,6 +132,7 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     for name in args.model:
         cases.require(name, hf_models.NAMES, "model")
     baselines = parse_baselines(args.baselines, known_baselines([case for _, case in chosen]))
+    ways = parse_baselines(args.ways, results.COMPILED, "way")
     if args.model:
         models.require()
     device = _device()
@@ -134,8 +143,9 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
         jobs.append((f"{op} {case.name}", measure))
     for name in args.model:
         for tokens in args.tokens:
-            size = models.Size(tokens, args.batch, args.layers)
-            jobs.append((f"{name} {size}", functools.partial(models.measure, name, size, baselines, device)))
+            size = models.Size(tokens, args.batch, args.layers, args.decode)
+            measure = functools.partial(models.measure, name, size, baselines, device, ways=ways, limit_s=args.limit)
+            jobs.append((f"{name} {size}", measure))
     return jobs
 
 

@@ -25,8 +25,8 @@ def known_baselines(cases: Sequence[Case]) -> list[str]:
     return [*BASELINES, *dict.fromkeys(name for case in cases for name in case.peers)]
 
 
-def parse_baselines(text: str | None, known: Sequence[str]) -> list[str]:
-    """The names in a comma-separated list; all that are known for None.
+def parse_baselines(text: str | None, known: Sequence[str], kind: str = "baseline") -> list[str]:
+    """The names in a comma-separated list; all that are known for None. An error calls them by their kind.
 
     Raises:
         ValueError: a name is not known; the message lists those that are.
@@ -35,7 +35,7 @@ def parse_baselines(text: str | None, known: Sequence[str]) -> list[str]:
         return list(known)
     names = [word.strip() for word in text.split(",") if word.strip()]
     for name in names:
-        require(name, known, "baseline")
+        require(name, known, kind)
     return names
 
 

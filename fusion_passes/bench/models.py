@@ -1,7 +1,12 @@
-"""Whole Hugging Face models at real width: eager, stock Inductor and ours, in one process with the same inputs."""
+"""Whole Hugging Face models at real width: eager, stock Inductor and ours, in one process with the same inputs.
+
+Ours are two: "fused" is the model compiled as it is, "bound" the same inside of `fusion_passes.transformers.bind`, for
+models with linear attention. What is timed is a forward of the whole input, or the step of decoding behind it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -14,23 +19,27 @@ import torch
 from torch._inductor.utils import fresh_cache
 
 from fusion_passes import benchmarking, hf_models
-from fusion_passes.bench.contestants import STOCK, ours
-from fusion_passes.bench.results import Entry, Row
+from fusion_passes.bench.contestants import BASELINES, STOCK, ours
+from fusion_passes.bench.limits import time_limit
+from fusion_passes.bench.results import COMPILED, Entry, Row
 from fusion_passes.bench.verdicts import gate
 from fusion_passes.demo import TOLERANCE
 from fusion_passes.reports import report
+from fusion_passes.transformers import bind
 
-BASELINES = (*STOCK, "eager")
+# Steps of decoding for which a cache has room behind the prompt; a sample takes fewer than this.
+STEPS = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What one call of a model costs: microseconds, launches, MiB."""
+    """What one call of a model costs: microseconds, launches, MiB; a note on what could not be measured."""
 
-    gpu_us: float
+    gpu_us: float | None
     wall_us: float
     kernels: int
     peak_mb: int
+    note: str = ""
 
 
 Clock = Callable[[Callable[[], Any]], Sample]
@@ -38,27 +47,32 @@ Clock = Callable[[Callable[[], Any]], Sample]
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Size of a model and its input."""
+    """Size of a model and its input; `decode` is the step of one more token behind it, with a static cache."""
 
     tokens: int = 2048
     batch: int = 1
     layers: int = 2
+    decode: bool = False
 
     def __str__(self) -> str:
-        return f"T={self.tokens} B={self.batch} layers={self.layers}"
+        return f"{'decode ' if self.decode else ''}T={self.tokens} B={self.batch} layers={self.layers}"
 
 
 def on_gpu(call: Callable[[], Any]) -> Sample:
-    """Costs of a call on the current GPU; it must be captured by a CUDA graph as it stands."""
+    """Costs of a call on the current GPU. Without a GPU time where a CUDA graph cannot capture it."""
     call()
     torch.cuda.reset_peak_memory_stats()
     call()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() >> 20
     wall = statistics.median(_wall_us(call) for _ in range(30))
-    graph = benchmarking.capture(lambda *unused: call(), [()])
+    kernels = kernels_of(call)
+    try:
+        graph = benchmarking.capture(lambda *unused: call(), [()])
+    except RuntimeError as problem:
+        return Sample(None, wall, kernels, peak, f"no CUDA graph: {_first_line(problem)}")
     gpu = statistics.median(benchmarking.replay_us(graph) for _ in range(20))
-    return Sample(gpu, wall, kernels_of(call), peak)
+    return Sample(gpu, wall, kernels, peak)
 
 
 def kernels_of(call: Callable[[], Any]) -> int:
@@ -91,8 +105,9 @@ def require() -> None:
 
 @torch.no_grad()
 def measure(
-    name: str, size: Size, baselines: Sequence[str], device: torch.device, clock: Clock = on_gpu, **build: Any
-) -> Row:
+    name: str, size: Size, baselines: Sequence[str], device: torch.device, clock: Clock = on_gpu,
+    ways: Sequence[str] = COMPILED[:1], limit_s: float | None = None, **build: Any,
+) -> Row:  # fmt: skip
     """Times, kernels, memory, first call and fused sites of one model, ours first.
 
     Args:
@@ -101,6 +116,8 @@ def measure(
         baselines: names of `BASELINES` to put beside us.
         device: where the model runs.
         clock: measures a call.
+        ways: of `COMPILED`, how the model is made ours; without linear attention there is nothing to bind.
+        limit_s: seconds that each contestant may take, compilation included.
         build: further arguments of `hf_models.build`; real widths in bfloat16 unless given.
 
     Raises:
@@ -110,41 +127,67 @@ def measure(
     model, inputs = hf_models.build(
         name, layers=size.layers, seq=size.tokens, batch=size.batch, device=device, **arguments
     )
-    expected = model(**inputs).last_hidden_state.double()
-    variants: dict[str, dict[str, Any]] = {"fused": ours(device)}
-    variants |= {name: STOCK.get(name, {}) for name in baselines if name in BASELINES}
+    prepare = functools.partial(hf_models.decoding, model, inputs, STEPS) if size.decode else lambda: inputs
+    # On the CPU, where it takes no part in the peak of memory.
+    expected = model(**prepare()).last_hidden_state.cpu()
+    _start_inductor(device)
+    variants = {way: ours(device) for way in ways if way != "bound" or name in hf_models.LINEAR_ATTENTION}
+    variants |= {baseline: STOCK.get(baseline, {}) for baseline in baselines if baseline in BASELINES}
     entries = {}
     for variant, how in variants.items():
-        entries[variant] = _tried(variant, model, inputs, expected, how, clock)
+        try:
+            with time_limit(limit_s):
+                entries[variant] = _tried(variant, model, prepare, expected, how, clock)
+        except TimeoutError as problem:
+            entries[variant] = Entry(failed=str(problem))
     # Stock rounds elsewhere than eager does: ours may be as far off as stock, twice, but not further.
     errors = [entries[name].error or 0.0 for name in STOCK if name in entries]
     bound = max([TOLERANCE[arguments["dtype"]], *(2 * error for error in errors)])
     entries = {name: gate(entry, bound) for name, entry in entries.items()}
-    return Row(name, str(size), entries, bound=float(f"{bound:.1e}"), model=True)
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) >> 20
+    return Row(name, str(size), entries, bound=float(f"{bound:.1e}"), model=True, weights_mb=weights)
+
+
+@functools.cache
+def _start_inductor(device: torch.device) -> None:
+    """Imports and worker processes are no contestant's, and would count as the first one's."""
+    if device.type == "cuda":
+        with fresh_cache():
+            torch.compile(lambda x: -x)(torch.ones(8, device=device))
 
 
 def _tried(
-    variant: str, model: torch.nn.Module, inputs: dict[str, Any], expected: torch.Tensor, how: dict[str, Any],
-    clock: Clock,
+    variant: str, model: torch.nn.Module, prepare: Callable[[], dict[str, Any]], expected: torch.Tensor,
+    how: dict[str, Any], clock: Clock,
 ) -> Entry:  # fmt: skip
     torch._dynamo.reset()
+    torch.cuda.empty_cache()
     before = report().counts
     run = model if variant == "eager" else torch.compile(model, fullgraph=True, **how)
+    notes = []
     try:
+        inputs = prepare()
         # Nothing may come from a cache: the first call counts the whole compilation.
-        with fresh_cache():
+        with fresh_cache(), bind(model) if variant == "bound" else contextlib.nullcontext() as binding:
             benchmarking.synchronize()
             start = time.perf_counter()
-            out = run(**inputs).last_hidden_state.double()
+            out = run(**inputs).last_hidden_state
             benchmarking.synchronize()
             first = time.perf_counter() - start
+            error = benchmarking.relative_error(out.cpu(), expected)
+            del out
             sample = clock(functools.partial(run, **inputs))
+            notes += [reason for _, reason in binding.fallbacks] if binding is not None else []
     except Exception as problem:
-        return Entry(failed=f"{type(problem).__name__}: {problem}".strip().splitlines()[0][:200])
-    error = benchmarking.relative_error(out, expected)
+        return Entry(failed=_first_line(problem))
     counts = report().counts
     sites = {name: counts[name] - before[name] for name in counts if counts[name] > before[name]}
     return Entry(
-        sample.gpu_us, sample.wall_us, error, sites if variant == "fused" else None,
+        sample.gpu_us, sample.wall_us, error, sites if variant in COMPILED else None,
+        note="; ".join(filter(None, (*notes, sample.note))),
         first_call_s=first, kernels=sample.kernels, peak_mb=sample.peak_mb,
     )  # fmt: skip
+
+
+def _first_line(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {problem}".strip().splitlines()[0][:200]

@@ -15,6 +15,7 @@ from fusion_passes.bench.tables import TITLES, contestants
 # Ours stands out; the others are told apart by lightness, also in print.
 _COLOURS = {
     "fused": "#d1495b",
+    "bound": "#8f2d56",
     "op": "#e8a0aa",
     "stock": "#30638e",
     "combo_kernels": "#5b8fb9",

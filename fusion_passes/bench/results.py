@@ -15,8 +15,10 @@ from fusion_passes import benchmarking
 
 FORMAT = 1
 
-# The contestants that are ours: the plain spelling compiled with the backend, and the op called eagerly.
-OURS = ("fused", "op")
+# The contestants that are ours: the plain spelling compiled with the backend, the same of a model that is bound, and
+# the op called eagerly.
+COMPILED = ("fused", "bound")
+OURS = (*COMPILED, "op")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +29,9 @@ class Entry:
         gpu_us: GPU time per call, from CUDA-graph replays; None where nothing was timed.
         wall_us: wall time per call without a graph.
         error: relative error (L2): against float64 for cases, against eager for models.
-        sites: fused sites by name, for the contestant that is compiled with our backend.
+        sites: fused sites by name, for contestants that are compiled with our backend.
         failed: why there is no time, or why it does not count; "" where all is well.
-        note: why nothing was fused, for a compile without a site.
+        note: why nothing was fused, for a compile without a site; what could not be measured.
         first_call_s: seconds of the first call, compilation included; for models.
         kernels: GPU kernels per call; for models.
         peak_mb: peak of allocated GPU memory during a call, in MiB; for models.
@@ -66,6 +68,7 @@ class Row:
         floor_us: the least time that memory or the matrix units allow; None for models.
         bound: the largest error that counts as right.
         model: whether the row is a whole model.
+        weights_mb: of a model, in MiB: a part of every peak.
     """
 
     group: str
@@ -76,6 +79,7 @@ class Row:
     floor_us: float | None = None
     bound: float | None = None
     model: bool = False
+    weights_mb: int = 0
 
     @property
     def name(self) -> str:

@@ -8,6 +8,7 @@ from fusion_passes.bench.results import Row
 
 TITLES = {
     "fused": "fused",
+    "bound": "bound",
     "op": "bare op",
     "stock": "stock",
     "combo_kernels": "combo_kernels",
@@ -48,15 +49,19 @@ def _cases(rows: Sequence[Row]) -> str:
 
 
 def _models(rows: Sequence[Row]) -> str:
-    head = ["model", "contestant", "GPU ms", "wall ms", "kernels", "peak MiB", "first call s", "sites", "error"]
+    weighed = any(row.weights_mb for row in rows)
+    peaks = ["peak MiB", *(["above weights"] if weighed else [])]
+    head = ["model", "contestant", "GPU ms", "wall ms", "kernels", *peaks, "first call s", "sites", "error"]
     lines = [_line(head), "|" + "---|" * len(head)]
     for row in rows:
         for name, entry in row.entries.items():
             if entry.failed:
-                lines.append(_line([row.name, name, "failed", *["–"] * 6]))
+                lines.append(_line([row.name, TITLES.get(name, name), "failed", *["–"] * (len(head) - 3)]))
                 continue
             times = [f"{value / 1e3:.2f}" if value is not None else "–" for value in (entry.gpu_us, entry.wall_us)]
-            rest = ["–" if v is None else str(v) for v in (entry.kernels, entry.peak_mb, entry.first_call_s)]
+            above = entry.peak_mb - row.weights_mb if entry.peak_mb is not None and row.weights_mb else None
+            numbers = [entry.kernels, entry.peak_mb, *([above] if weighed else []), entry.first_call_s]
+            rest = ["–" if value is None else str(value) for value in numbers]
             sites = ", ".join(f"{site} {count}" for site, count in (entry.sites or {}).items()) or "–"
             lines.append(_line([row.name, TITLES.get(name, name), *times, *rest, sites, _error(row, name)]))
     return "\n".join(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fusion_passes.bench.results import OURS, Entry, Row
+from fusion_passes.bench.results import COMPILED, OURS, Entry, Row
 
 # What we must not be slower than, and by which share of the time, on the GPU and in wall time.
 JUDGES = ("stock", "combo_kernels")
@@ -29,20 +29,20 @@ def _wrong(row: Row) -> list[str]:
 
 
 def _slower(row: Row) -> list[str]:
-    """Sentences on our compile against the judges; nothing where it was left alone and is stock code itself."""
-    fused = row.entries.get("fused")
-    if fused is None or fused.failed or not sum((fused.sites or {}).values()):
-        return []
+    """Sentences on our compiles against the judges; nothing where one was left alone and is stock code itself."""
+    compiled = {way: row.entries[way] for way in COMPILED if way in row.entries}
+    judges = {name: row.entries[name] for name in JUDGES if name in row.entries and not row.entries[name].failed}
     found = []
-    for name in JUDGES:
-        judge = row.entries.get(name)
-        if judge is None or judge.failed:
+    for way, entry in compiled.items():
+        if entry.failed or not sum((entry.sites or {}).values()):
             continue
-        for what, tolerance, ours, theirs in (
-            ("GPU", GPU_TOLERANCE, fused.gpu_us, judge.gpu_us),
-            ("wall", WALL_TOLERANCE, fused.wall_us, judge.wall_us),
-        ):
-            if ours is not None and theirs is not None and ours > theirs * (1 + tolerance):
-                share = 100 * (ours / theirs - 1)
-                found.append(f"{what} time {ours:.1f} us is {share:.0f} % above {name} ({theirs:.1f} us)")
+        said = f"{way}: " if len(compiled) > 1 else ""
+        for name, judge in judges.items():
+            for what, tolerance, ours, theirs in (
+                ("GPU", GPU_TOLERANCE, entry.gpu_us, judge.gpu_us),
+                ("wall", WALL_TOLERANCE, entry.wall_us, judge.wall_us),
+            ):
+                if ours is not None and theirs is not None and ours > theirs * (1 + tolerance):
+                    share = 100 * (ours / theirs - 1)
+                    found.append(f"{said}{what} time {ours:.1f} us is {share:.0f} % above {name} ({theirs:.1f} us)")
     return found
