@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch._inductor.compiler_bisector import CompilerBisector
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.fx_passes.post_grad import remove_assert_ops
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
@@ -84,6 +85,9 @@ class FusionPass(CustomGraphPass):
     def _run(self, graph: Graph) -> None:
         found = _calls(graph) if self.fusions else []
         if self.fusions:
+            # `torch.export` asserts the dtype of what is cast. Inductor drops that after this pass, and it would count
+            # as a use of an intermediate.
+            remove_assert_ops(graph)
             with unpadded(graph) as aside:
                 self._search(graph, found, aside)
         if any(record.outcome == "fused" for record in found):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fusion_passes
 from fusion_passes import hf_models
+from tests.support.sites import SITES
 
 ON_CPU = {"reference_on_cpu": True, "strict": True}
 
@@ -71,6 +72,23 @@ def test_a_hugging_face_model() -> None:
         program = torch.export.export(Hidden(), (inputs["input_ids"],))
         fused = fusion_passes.apply(program, expect={"chunk_delta_rule": 1}, **ON_CPU)
         torch.testing.assert_close(fused.module()(inputs["input_ids"]), model(**inputs).last_hidden_state)
+
+
+def test_casts_of_an_exported_program_are_no_uses() -> None:
+    """Before a cast, export asserts the dtype of what is cast: here, of intermediates of the site."""
+    site = SITES["mla_kv_pack"]
+    inputs = tuple(site.inputs(8))
+
+    class Pack(torch.nn.Module):
+        def forward(self, kv: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
+            return site.function(kv, pe)
+
+    program = torch.export.export(Pack(), inputs)
+    assert any("_assert_tensor_metadata" in str(node.target) for node in program.graph.nodes)
+    fused = fusion_passes.apply(program, always_profitable=True, **ON_CPU)
+    assert calls(fused) == ["fusion_passes.mla_kv_pack.default"]
+    for actual, wanted in zip(fused.module()(*inputs), site.function(*inputs)):
+        assert torch.equal(actual.view(torch.uint8), wanted.view(torch.uint8))
 
 
 def test_settings_and_wrong_arguments() -> None:
