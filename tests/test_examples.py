@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from torch._inductor import config as inductor_config
 
 from fusion_passes import transformers as door
@@ -40,7 +45,8 @@ def example(name: str) -> ModuleType:
 
 def test_every_program_is_run_here() -> None:
     assert PROGRAMS == [
-        "convolved_qkv", "generate", "latent_attention", "linear_attention", "sparse_attention", "training",
+        "convolved_qkv", "generate", "latent_attention", "linear_attention", "sparse_attention",
+        "tensor_parallel", "training",
     ]  # fmt: skip
 
 
@@ -103,6 +109,25 @@ def test_accelerate_takes_no_name_of_ours() -> None:
     accelerate = pytest.importorskip("accelerate", reason="is about accelerate")
     with pytest.raises(ValueError, match="FUSION_PASSES"):
         accelerate.utils.TorchDynamoPlugin(backend="fusion_passes")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch is built without gloo")
+def test_tensor_parallel(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = str(FOLDER.parent / "tests" / "support" / "quick_example.py")
+    arguments = ["tensor_parallel", "--tokens", "64", "--json", str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, script, *arguments], env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| 2 | fused | " in done.stdout and "1 key and 1 value heads" in done.stdout
+    for rank in json.loads(path.read_text())["ranks"]:
+        assert [(row["gpus"], row["compiled"]) for row in rank] == [
+            (1, "stock"), (1, "fused"), (2, "stock"), (2, "fused"),
+        ]  # fmt: skip
+        assert [row["sites"] for row in rank] == [{}, {"chunk_delta_rule": 1}] * 2
+        assert max(row["error"] for row in rank) < 1e-5
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
