@@ -230,13 +230,13 @@ def _with_config(kernel: Any, num_warps: int, num_stages: int) -> Any:
 class _KernelLaunch(ir.UserDefinedTritonKernel):
     """A kernel that may take part in programmatic dependent launch.
 
-    Inductor's analysis of what a kernel writes gives up at the instructions for it, and takes all inputs for written: it
-    is shown the kernel without them. It compiles and launches kernels dependently whose `triton_meta` asks for it, but
-    writes that for its own ones alone.
+    Inductor's analysis of what a kernel writes gives up at the instructions for it, and takes all inputs for written:
+    it is shown the kernel without them. It compiles and launches kernels dependently whose `triton_meta` asks for it,
+    but writes that for its own ones alone.
     """
 
     def __init__(self, *, kernel_args: dict[str, Any], **rest: Any) -> None:
-        dependent = {name: kernel_args[name] for name in ("PDL", "LEADS") if name in kernel_args}
+        dependent = {name: value for name, value in kernel_args.items() if name in ("PDL", "LEADS")}
         super().__init__(kernel_args={**kernel_args, **dict.fromkeys(dependent, False)}, **rest)
         self.kwargs.update(dependent)
 
