@@ -111,6 +111,8 @@ def recurrent_call(original: Replaced) -> Callable[..., Result]:
         reason = obstacle(original, query, key, value, g, beta, initial_state, kwargs)
         if reason is not None:
             note_fallback(original.name, reason)
+        # A compiled step of one token is a few kernels, in which Inductor does it 10 % sooner than the op's (H200).
+        if reason is not None or (torch.compiler.is_compiling() and query.shape[1] == 1):
             return original.function(
                 query, key, value, g=g, beta=beta, initial_state=initial_state,
                 output_final_state=output_final_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, **kwargs,
