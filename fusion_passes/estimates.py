@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from fusion_passes import aten, cone
+from fusion_passes.evaluate import constant
 from fusion_passes.fusion import Site
 from fusion_passes.sizes import Sizes, Unsupported
 
@@ -51,7 +52,6 @@ def between(site: Site) -> list[Node]:
 
     Where the site does not say which they are, those that Inductor computes on the fly, and writes into slices.
     """
-    constant = constants(site.replaced.graph.nodes)
 
     def belongs(node: Node) -> bool:
         if not site.interior:
@@ -62,7 +62,7 @@ def between(site: Site) -> list[Node]:
     stack = list(seen)
     while stack:
         for source in stack.pop().all_input_nodes:
-            if source not in stop and source not in seen and (belongs(source) or source in constant):
+            if source not in stop and source not in seen and (belongs(source) or _is_constant(source)):
                 seen.add(source)
                 stack.append(source)
     return sorted(seen)
@@ -77,6 +77,11 @@ def constants(nodes: Iterable[Node]) -> set[Node]:
             if found.issuperset(sources) and (sources or node.target in aten.FILLS):
                 found.add(node)
     return found
+
+
+def _is_constant(node: Node) -> bool:
+    """Is `node` alone one of the `constants` of its graph? For a few nodes of a large graph."""
+    return has_tensor(node) and constant(node, None)
 
 
 def held(nodes: Sequence[Node], site: Site, sizes: Sizes) -> int | None:

@@ -89,20 +89,14 @@ def _is_dead(node: Node) -> bool:
 
 def mutations(site: Site, context: Context) -> Reason:
     """No leaf's memory is written between the first read in the subgraph and the last."""
-    writers = [n for n in context.graph.nodes if mutates(n)]
-    if not writers:
-        return None
-    order = {node: i for i, node in enumerate(context.graph.nodes)}
-    first = min(order[n] for n in site.interior | {site.anchor})
-    last = max(order[n] for n in site.outputs)
     storages = {_storage(leaf): name for name, leaf in site.leaves.items()}
-    for writer in writers:
-        if first < order[writer] < last:
-            for node in writer.all_input_nodes:
-                if _storage(node) in storages:
-                    name = storages[_storage(node)]
-                    reason = f"{name} is written by {writer.name} between its read and its use"
-                    return Because(reason, f"write to {name} before it is read, or after the last use")
+    node, last = min(site.interior | {site.anchor}), max(site.outputs)
+    while node < last:
+        written = [_storage(source) for source in node.all_input_nodes] if mutates(node) else []
+        for name in (storages[storage] for storage in written if storage in storages):
+            reason = f"{name} is written by {node.name} between its read and its use"
+            return Because(reason, f"write to {name} before it is read, or after the last use")
+        node = node.next
     return None
 
 

@@ -68,11 +68,13 @@ class SetAside:
     results: frozenset[Node] = frozenset()
 
     def eliminate_dead_code(self, graph: Graph) -> None:
-        """As `Graph.eliminate_dead_code`, which would take what is set aside for dead."""
-        if self.results:
-            graph.eliminate_dead_code(lambda node: node in self.results or node.is_impure())
-        else:
-            graph.eliminate_dead_code()
+        """As `Graph.eliminate_dead_code`, which would take what is set aside for dead, and looks at all that is used.
+
+        A pass that fuses many sites calls it after each.
+        """
+        for node in reversed(graph.nodes):
+            if not node.users and node not in self.results and not node.is_impure():
+                graph.erase_node(node)
 
 
 @contextlib.contextmanager

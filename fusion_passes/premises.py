@@ -86,7 +86,7 @@ def check_constants(nodes: Collection[Node], leaves: Collection[Node], assignmen
     Raises:
         NearMiss: one differs from place to place, as what is made of positions may.
     """
-    inputs = {source for node in nodes for source in node.all_input_nodes}
+    inputs = {source for node in nodes if node not in leaves for source in node.all_input_nodes}
     for source in sorted(inputs - {*nodes, *leaves}):
         if any(constant(source, sizes) and not uniform(source, sizes) for sizes in assignments):
             raise NearMiss(f"{source.name} ({source.target}) is a constant that differs from place to place")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.fx import Node
@@ -18,6 +18,8 @@ from fusion_passes import aten as semantics
 from fusion_passes.evaluate import constant, hashed
 from fusion_passes.fusion import Because, Context, NearMiss
 from fusion_passes.patterns._head_gate_product import FLOATS, is_move, side_of, without_views
+from fusion_passes.patterns._likeness import likeness
+from fusion_passes.patterns._proofs import Proofs
 from fusion_passes.probe import agree, sample, solve_scale
 from fusion_passes.sizes import Sizes, Unsupported
 
@@ -27,6 +29,8 @@ COUNT = 192
 SEEDS = (1, 2)
 LONGEST = 24
 SPECIAL = (0.0, 1e3, -1e3, 1e6, -1e6, 1e30, -1e30, math.inf, -math.inf, math.nan)
+
+proofs: Proofs[tuple[float | None, ...]] = Proofs()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,13 +107,13 @@ def _prove(product: Node, chain: tuple[Node, ...], context: Context) -> Scaling:
     others = [leaf.name for leaf in whole.leaves if leaf not in leaves]
     if others:
         raise NearMiss(f"its product ({product.name}) meets {', '.join(others)}, which is no scale of it")
-    proofs = {_scale(root, product, q, sizes) for sizes in context.sizes}
+    scales = _scales(root, product, q, context.sizes)
     premises.check_linear({product}, whole.interior)
     premises.check_constants(premises.dependents({product}, whole.interior), leaves, context.sizes)
-    if len(proofs) > 1:
+    if len(set(scales)) > 1:
         raise NearMiss("its constant factor depends on a size that is symbolic", advice.STATIC)
     narrow = [n for n in whole.interior if n is not root and n.meta["val"].dtype.itemsize < 4 and _rounds(n)]
-    return Scaling(root, chain, frozenset(whole.interior), q, proofs.pop(), tuple(narrow))
+    return Scaling(root, chain, frozenset(whole.interior), q, scales[0], tuple(narrow))
 
 
 def _rounds(node: Node) -> bool:
@@ -154,13 +158,24 @@ def _is_constant(node: Node) -> bool:
     return constant(node, Sizes())
 
 
-def _scale(root: Node, product: Node, q: Node | None, sizes: Sizes) -> float:
-    """The number s in root = s * product * q.
+def _scales(root: Node, product: Node, q: Node | None, assignments: Sequence[Sizes]) -> tuple[float, ...]:
+    """The number s in root = s * product * q, under each assignment.
 
     Raises:
         NearMiss: the root is something else.
         Unsupported: it cannot be evaluated.
     """
+    leaves = [product] if q is None else [product, q]
+    alike = likeness(root, leaves, assignments)
+    found = alike.proved(proofs, lambda: tuple(_scale(root, product, q, sizes) for sizes in assignments))
+    known = tuple(scale for scale in found if scale is not None)
+    if len(known) < len(found):
+        raise NearMiss(f"what becomes of its product ({root.name}, {_what(root)}) is not a multiple of it")
+    return known
+
+
+def _scale(root: Node, product: Node, q: Node | None, sizes: Sizes) -> float | None:
+    """The number s in root = s * product * q, None where it is something else."""
     scale: float | None = None
     for seed in SEEDS:
         draws = {product: hashed(seed, -3.0, 3.0, SPECIAL)}
@@ -169,8 +184,7 @@ def _scale(root: Node, product: Node, q: Node | None, sizes: Sizes) -> float:
         reference = run.leaves[product] if q is None else run.leaves[product] * run.leaves[q]
         scale = scale if scale is not None else solve_scale(run.values, reference)
         if scale is None or not agree(run.values, reference * scale, reference.abs().nan_to_num(0, 0, 0) * abs(scale)):
-            raise NearMiss(f"what becomes of its product ({root.name}, {_what(root)}) is not a multiple of it")
-    assert scale is not None
+            return None
     return scale
 
 

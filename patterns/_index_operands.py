@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from fusion_passes import aten as semantics
+from fusion_passes import cone
 from fusion_passes.access import AxisMap, trace_access
 from fusion_passes.axes import fit_axes
+from fusion_passes.estimates import has_tensor
 from fusion_passes.evaluate import constant
 from fusion_passes.fusion import NearMiss
 from fusion_passes.patterns._index_terms import Structure, Term
@@ -126,6 +128,29 @@ def _uniform(node: Node, sizes: Sizes) -> bool:
     if source.target in semantics.FILLS:
         return True
     return sizes.numel(source) == 1 and constant(source, sizes)
+
+
+def ends(structure: Structure, bottom: Node) -> list[Node]:
+    """Tensors behind which the proof of scores looks no further: those that sums and products read, and masks.
+
+    Constants are none of them, for what they are matters.
+    """
+    found: dict[Node, None] = {}
+    walked, stack = {bottom}, [bottom]
+    while stack:
+        node = stack.pop()
+        inside = node in structure.nodes
+        for read in filter(has_tensor, node.all_input_nodes):
+            if inside and read not in structure.nodes:
+                source = raised(read)
+                dequantised = node in structure.products and source.target is aten.mul.Tensor
+                found |= dict.fromkeys(map(raised, source.all_input_nodes) if dequantised else [source])
+            elif read not in structure.nodes and not cone.is_transparent(read):
+                found[read] = None
+            elif read not in walked:
+                walked.add(read)
+                stack.append(read)
+    return [end for end in found if end not in walked and not constant(end, None)]
 
 
 class Reader:

@@ -34,7 +34,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -50,6 +50,8 @@ from fusion_passes.patterns._gate import Gate, identify
 from fusion_passes.patterns._gate_axes import Axes, Frame, divide, roles
 from fusion_passes.patterns._gate_places import check_hidden, check_read, check_tail
 from fusion_passes.patterns._gate_sums import ANCHORS, Sum, summed, wanted
+from fusion_passes.patterns._likeness import likeness
+from fusion_passes.patterns._proofs import Proofs
 from fusion_passes.sizes import Sizes, Unsupported
 from fusion_passes.views import is_alias
 
@@ -57,6 +59,11 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 REVERSALS = (aten.flip.default, prims.rev.default)
 MAX_CUTS = 24
+
+
+# Raw, the interior, the gate, the roles of the axes of a frame, and the axes of each leaf in them at the size hints.
+Found = tuple[Node, set[Node], Gate, Axes, Frame, dict[Node, AxisMap]]
+proofs: Proofs[Found] = Proofs()
 
 
 def match(anchor: Node, context: Context) -> Site | None:
@@ -69,14 +76,20 @@ def match(anchor: Node, context: Context) -> Site | None:
     whole = cone.backward(root)
     if any(node.target in REVERSALS for node in whole.interior):
         raise NearMiss("the gate is reversed in time before the cumsum, which makes it a sum over later positions")
-    failure: Exception | None = None
+    alike = likeness(root, whole.leaves, context.sizes, time, chunk_size)
+    found = alike.proved(proofs, lambda: _found(root, whole, time, chunk_size, context))
+    return _site(anchor, total, *found, chunk_size, context)
+
+
+def _found(root: Node, whole: cone.Cone, time: int, chunk_size: int, context: Context) -> Found:
+    failure: NearMiss | None = None
     for raw, leaves, interior in _cuts(root, whole, time, context.sizes[0]):
         try:
-            gate, axes, frame = _prove(root, raw, leaves, interior, time, chunk_size, context)
-        except (NearMiss, Unsupported) as miss:
+            return (raw, interior, *_prove(root, raw, leaves, interior, time, chunk_size, context))
+        except NearMiss as miss:
             failure = failure or miss
-            continue
-        return _site(anchor, total, raw, interior, gate, axes, frame, chunk_size, context)
+        except Unsupported as unsupported:
+            failure = failure or NearMiss(f"cannot be evaluated: {unsupported}")
     raise failure or NearMiss("no tensor that depends on time was found among its inputs")
 
 
@@ -102,7 +115,7 @@ def _cuts(root: Node, whole: cone.Cone, time: int, sizes: Sizes) -> Iterator[tup
     Raw is the only leaf that depends on time: a leaf of the whole cone, read through its last view, or else an
     intermediate from which on the rest is a gate.
     """
-    timed = [leaf for leaf in whole.leaves if _depends_on(root, leaf, time, sizes)]
+    timed = [leaf for leaf in whole.leaves if _depends_on(root, leaf, whole.leaves, time, sizes)]
     if len(timed) == 1:
         for view in dict.fromkeys((cone.last_alias(timed[0], whole.interior), timed[0])):
             yield _cut(root, view)
@@ -115,7 +128,7 @@ def _cuts(root: Node, whole: cone.Cone, time: int, sizes: Sizes) -> Iterator[tup
         if not numel // 2 <= sizes.numel(node) <= numel or node is root:
             continue
         _, rest, interior = _cut(root, node)
-        if len(rest) <= 2 and not any(_depends_on(root, leaf, time, sizes) for leaf in rest):
+        if len(rest) <= 2 and not any(_depends_on(root, leaf, (node, *rest), time, sizes) for leaf in rest):
             yield node, rest, interior
             tried += 1
         if tried == MAX_CUTS:
@@ -130,21 +143,22 @@ def _cut(root: Node, raw: Node) -> tuple[Node, list[Node], set[Node]]:
     return raw, [leaf for leaf in part.leaves if leaf is not raw], part.interior
 
 
-def _depends_on(root: Node, leaf: Node, axis: int, sizes: Sizes) -> bool:
+def _depends_on(root: Node, leaf: Node, leaves: Collection[Node], axis: int, sizes: Sizes) -> bool:
     try:
-        return axis not in factor_axes(root, leaf, sizes).unused
+        return axis not in factor_axes(root, leaf, sizes, stop=leaves).unused
     except Unsupported:
         return True
 
 
 def _prove(
     root: Node, raw: Node, leaves: list[Node], interior: set[Node], time: int, chunk_size: int, context: Context
-) -> tuple[Gate, Axes, Frame]:
+) -> tuple[Gate, Axes, Frame, dict[Node, AxisMap]]:
     """The gate and the roles of the axes of a frame, the same under every admissible assignment of sizes."""
     if not 1 <= len(leaves) <= 2:
         names = ", ".join(leaf.name for leaf in leaves) or "none"
         raise NearMiss(f"a gate has a per-head factor and at most a bias beside its input, found: {names}")
-    proofs = []
+    found: list[tuple[Gate, Axes, Frame]] = []
+    at_hints: dict[Node, AxisMap] = {}
     for sizes in context.sizes:
         check_hidden(raw, interior, sizes)
         gate = identify(root, raw, leaves, interior, sizes)
@@ -155,10 +169,11 @@ def _prove(
             maps = {leaf: factor_axes(root, leaf, sizes, stop=(raw, *leaves), shape=shape) for leaf in maps}
         axes = roles(raw, gate, maps, frame.first(time), chunk_size, sizes)
         _check_places(root, raw, maps, axes, sizes)
-        proofs.append((gate, axes, frame))
-    if any(proof != proofs[0] for proof in proofs[1:]):
+        found.append((gate, axes, frame))
+        at_hints = at_hints or maps
+    if any(other != found[0] for other in found[1:]):
         raise NearMiss("it is a gate for some sizes only", advice.STATIC)
-    return proofs[0]
+    return (*found[0], at_hints)
 
 
 def _check_places(root: Node, raw: Node, maps: dict[Node, AxisMap], axes: Axes, sizes: Sizes) -> None:
@@ -176,8 +191,8 @@ def _check_places(root: Node, raw: Node, maps: dict[Node, AxisMap], axes: Axes, 
 
 
 def _site(
-    anchor: Node, total: Sum, raw: Node, interior: set[Node], gate: Gate, axes: Axes, frame: Frame, chunk_size: int,
-    context: Context,
+    anchor: Node, total: Sum, raw: Node, interior: set[Node], gate: Gate, axes: Axes, frame: Frame,
+    maps: dict[Node, AxisMap], chunk_size: int, context: Context,
 ) -> Site:  # fmt: skip
     replaced, scale = _trailing_scale(anchor)
     leaves = {"raw": raw, "a_log": gate.a_log} | ({"bias": gate.bias} if gate.bias is not None else {})
@@ -197,6 +212,7 @@ def _site(
             "gate": dataclasses.replace(gate, scale=factor),
             "axes": axes,
             "frame": frame,
+            "maps": maps,
             "chunk_size": chunk_size,
             "sizes": context.sizes[0],
         },
@@ -245,7 +261,7 @@ def replace(site: Site, graph: Graph) -> Node:
     """`torch.ops.fusion_passes.gate_cumsum` on views of the leaves, viewed as the shape that the graph had."""
     root, gate, axes, frame, sizes = (site.params[name] for name in ("root", "gate", "axes", "frame", "sizes"))
     shape, own = frame.lengths(sizes.shape(root)), root.meta["val"].shape
-    maps = {name: factor_axes(root, leaf, sizes, shape=shape) for name, leaf in site.leaves.items()}
+    maps = {name: site.params["maps"][leaf] for name, leaf in site.leaves.items()}
     pieces = refine_shape(list(maps.values()), shape, [isinstance(n, int) for n in frame.lengths(own)])
     times = frozenset({axes.time} | ({axes.chunk} if axes.chunk is not None else set()))
     heads = [p for axis in axes.head for p in pieces[axis]]

@@ -25,6 +25,10 @@ Refused:
 - float8 on GPUs before sm_89 and on AMD GPUs, which have no such products
 
 Gains: one launch and no [S, H, T] tensor. Blocks that the mask hides cost no product, and a causal mask no memory.
+
+The selection behind the scores stays that of torch. For 2,048 of 8,192 keys of 2,048 queries it takes 390 us on an H200
+(280 where the order is not asked for), about as long as the scores. A selection of sets that streams over the scores is
+not offered: none was written or measured. Where all keys are selected, `full_topk` leaves out both.
 """
 
 from __future__ import annotations
@@ -46,11 +50,13 @@ from fusion_passes.ops import index_score as op
 from fusion_passes.ops._index_score_checks import FLOATS, LEAST_WIDTH, MOST_HEADS, MOST_WIDTH, OPERANDS, VECTOR
 from fusion_passes.patterns import _index_mask, _index_proof
 from fusion_passes.patterns._index_mask import Mask
-from fusion_passes.patterns._index_operands import Reader
+from fusion_passes.patterns._index_operands import Reader, ends
 from fusion_passes.patterns._index_proof import Sum
 from fusion_passes.patterns._index_roles import Roles, assign
 from fusion_passes.patterns._index_terms import MATMULS, SUMS, Structure, candidates
+from fusion_passes.patterns._likeness import likeness
 from fusion_passes.patterns._mla_views import Lengths, relabel, window
+from fusion_passes.patterns._proofs import Proofs
 from fusion_passes.sizes import Sizes, Unsupported
 from fusion_passes.views import ravel
 
@@ -74,6 +80,9 @@ class Scores:
     sum: Sum
     mask: Mask
     roles: Roles
+
+
+proofs: Proofs[list[Scores]] = Proofs()
 
 
 def wants(anchor: Node) -> bool:
@@ -135,12 +144,19 @@ def match(anchor: Node, context: Context) -> Site | None:
         if anchor.target not in SELECTIONS and anchor not in structure.nodes:
             continue
         try:
-            return _site(anchor, _proven(structure, bottom, context), context)
+            return _site(anchor, _known(structure, bottom, context), context)
         except (NearMiss, Unsupported) as miss:
             failure = failure or miss
     if failure is not None:
         raise failure
     return None
+
+
+def _known(structure: Structure, bottom: Node, context: Context) -> list[Scores]:
+    """What is proved of the scores, or was of those of another layer that are made alike."""
+    alike = likeness(bottom, ends(structure, bottom), context.sizes)
+    alike = dataclasses.replace(alike, key=f"{alike.key} {alike.nodes.index(structure.base)}")
+    return alike.proved(proofs, lambda: _proven(structure, bottom, context))
 
 
 def _proven(structure: Structure, bottom: Node, context: Context) -> list[Scores]:

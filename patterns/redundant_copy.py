@@ -292,17 +292,19 @@ def guard(site: Site, context: Context) -> Reason:
         if any(output in node.users for node in others):
             reason = f"{returned[0].name} is returned and would share memory with another result"
             return Because(reason, "return only one of the two")
-    return _written_between(source, copy, context.graph)
+    return _written_between(source, copy)
 
 
-def _written_between(source: Node, copy: Node, graph: Graph) -> Reason:
+def _written_between(source: Node, copy: Node) -> Reason:
     """Memory that is written in place while the copy is still in use."""
     last = max((user for node in aliases(copy) for user in node.users if user.op != "output"), default=copy)
     memory = roots(source)
-    for node in graph.nodes:
-        if is_mutation(node) and source < node < last and any(roots(n) & memory for n in node.all_input_nodes[:1]):
+    node = source.next
+    while node < last:
+        if is_mutation(node) and any(roots(n) & memory for n in node.all_input_nodes[:1]):
             reason = f"{source.name} is written by {node.name} while its copy is in use"
             return Because(reason, f"write to {source.name} after the last use of the copy")
+        node = node.next
     return None
 
 
