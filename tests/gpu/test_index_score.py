@@ -198,6 +198,53 @@ def test_spellings_compile_to_one_launch(name: str) -> None:
     assert_same(out, wanted, rtol=tolerance, atol=tolerance)
 
 
+def selected(args: Arguments, k: int) -> torch.Tensor:
+    """The keys that a plain spelling of the scores selects, compiled and fused."""
+
+    def select(q: torch.Tensor, key: torch.Tensor, w: torch.Tensor, k_scale: torch.Tensor | None) -> torch.Tensor:
+        products = q.float() @ key.float().mT.unsqueeze(1)
+        products = products if k_scale is None else products * k_scale[:, None, None, :]
+        scores = (products.relu() * w.unsqueeze(-1)).sum(2) * args.scale
+        queries, keys = (torch.arange(n, device=q.device) for n in scores.shape[1:])
+        hidden = keys > queries[:, None] + args.causal_offset
+        return scores.masked_fill(hidden, -math.inf).topk(k).indices
+
+    torch._dynamo.reset()
+    before = fusion_passes.report().counts["index_score"]
+    with torch.no_grad(), fusion_passes.config.patch(strict=True, fusions="index_score"):
+        found = torch.compile(select, backend="fusion_passes", fullgraph=True)(args.q, args.k, args.w, args.k_scale)
+    assert fusion_passes.report().counts["index_score"] == before + 1, fusion_passes.report()
+    return found
+
+
+@pytest.mark.parametrize("queries, keys, k", [(2048, 2048, 512), (2048, 4096, 2048)])
+@pytest.mark.parametrize("dtype", [BF16, E4, F32])
+def test_selected_sets_are_those_of_float64(dtype: torch.dtype, queries: int, keys: int, k: int) -> None:
+    """Up to ties: a key that float64 would not select scores within rounding of the last one that it would.
+
+    A sum of 128 products, and then of 64 heads, in float32 is off by their number times 2^-23 of the sum of absolute
+    values at most. Of float8 products sm_90 keeps 13 bits below the largest.
+    """
+    args = draw(1, queries, keys, 64, 128, dtype=dtype, device="cuda", scales="k" if dtype == E4 else "",
+                **hidden("causal", 1, queries, keys))  # fmt: skip
+    exact = expected_in_chunks(args)
+    indices = selected(args, k)
+    assert bool((indices.sort(-1).values.diff(dim=-1) > 0).all()), "a key is selected twice"
+    absolute = {name: getattr(args, name).abs() for name in ("k_scale",) if getattr(args, name) is not None}
+    magnitude = expected_in_chunks(
+        dataclasses.replace(args, q=args.q.float().abs(), k=args.k.float().abs(), w=args.w.abs(), fill=0.0, **absolute)
+    )
+    share = (128 + 64) * 2.0**-23 if dtype != E4 else 2.0**-13
+    bound = 2 * share * magnitude.amax(-1, keepdim=True)
+    last = exact.topk(k).values[..., -1:]
+    chosen = exact.gather(-1, indices)
+    assert bool((chosen >= last - bound).all()), float((last - bound - chosen).nan_to_num(0.0).max())
+    visible = (torch.arange(queries, device="cuda") + args.causal_offset + 1).clamp(max=k)
+    assert torch.equal((chosen > -math.inf).sum(-1)[0], visible)
+    strangers = (chosen < last).sum() / chosen.isfinite().sum()
+    assert float(strangers) <= (1e-2 if dtype == E4 else 1e-5), float(strangers)
+
+
 @pytest.mark.parametrize("case", [c for c in cases() if c.bytes < 300 << 20], ids=lambda c: c.name)
 def test_benchmark_cases(case: Any) -> None:
     args = case.make(torch.device("cuda"), torch.Generator("cuda").manual_seed(1))

@@ -57,7 +57,8 @@ def generate(function: Callable[..., Any], args: Sequence[Tensor], *, fused: boo
 
     def capture(self: Any) -> Any:
         code = self.codegen()[0]
-        found.append(_measure(self, getattr(code, "value", code), chosen))
+        sites = sum(record.outcome == "fused" for record in chosen.found)
+        found.append(measured(self, getattr(code, "value", code), sites))
         raise _Stop
 
     graph = functional_graph(function, args)
@@ -159,7 +160,8 @@ def _move(graph: GraphModule, inputs: Sequence[Tensor], mode: FakeTensorMode) ->
         Move(graph).run(*inputs)
 
 
-def _measure(lowered: Any, wrapper: str, chosen: FusionPass) -> Code:
+def measured(lowered: Any, wrapper: str, sites: int) -> Code:
+    """What Inductor has generated for a `GraphLowering`."""
     from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
 
     body = [line.strip() for line in wrapper[wrapper.index("def call(") :].splitlines()]
@@ -175,7 +177,6 @@ def _measure(lowered: Any, wrapper: str, chosen: FusionPass) -> Code:
         for buffer in lowered.buffers
         if f"{buffer.get_name()} = empty_strided" in wrapper
     )
-    sites = sum(record.outcome == "fused" for record in chosen.found)
     return Code(wrapper, launches, int(moved), int(allocated), sites)
 
 
