@@ -5,6 +5,7 @@
 
 `generate` compiles the decoding step itself where the cache is static; `CompileConfig` names the backend. The prompt is
 run eagerly there, which is where `bind` matters: the delta rule of the prompt is one op instead of a loop in Python.
+That of a single token stays as it is and is compiled with the rest.
 """
 
 from __future__ import annotations

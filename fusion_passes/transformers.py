@@ -7,8 +7,9 @@
     unbind(model)
 
 The graph pass finds the rule in the graph that Dynamo traced, which for a long prompt is a loop of thousands of nodes
-for a fixed number of chunks. Bound, a model traces to one node per layer for any number of tokens, and prefill and
-the one-token step of decoding run the same kernels, compiled or not. Nothing is bound unless asked for.
+for a fixed number of chunks. Bound, a model traces to one node per layer for any number of tokens, and prompts and
+steps of decoding run the same kernels, but for a compiled step of one token: it is left to Inductor, which makes a few
+kernels of it that are faster. Nothing is bound unless asked for.
 
 In transformers a layer looks its functions up by name in the module that holds its class, when it is called. That name
 is what is rebound; functions that a layer holds itself are, too. So `bind(model)` serves every model of the same

@@ -297,7 +297,8 @@ def test_a_model_that_is_bound_and_decodes() -> None:
     assert row.name == "olmo_hybrid decode T=20 B=2 layers=2" and list(row.entries) == ["bound", "eager"]
     assert row.ours == "bound" and row.weights_mb > 0 and seen == [24, 24]
     bound = row.entries["bound"]
-    assert bound.sites == {"chunk_delta_rule": 1} and (bound.error or 0) < 1e-5
+    # Compiled, the step of one token is left to Inductor.
+    assert bound.sites == {} and (bound.error or 0) < 1e-5
     assert bound.gpu_us is None and bound.note == "no CUDA graph" and not bound.failed
 
 

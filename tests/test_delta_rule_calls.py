@@ -143,3 +143,22 @@ def test_inductor_keeps_the_channels_innermost() -> None:
     with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True), door.bind(model):
         compiled = torch.compile(layer, fullgraph=True)(hidden)
         torch.testing.assert_close(compiled, layer(hidden), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens, calls", [(1, 0), (2, 1)])
+def test_a_compiled_step_of_one_token_is_left_to_inductor(pair: Any, tokens: int, calls: int) -> None:
+    per_channel, originals, bound = pair
+    args = arguments(per_channel=per_channel, tokens=tokens)
+    seen: list[torch.fx.GraphModule] = []
+
+    def keep(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        seen.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    before = delta_rule_calls.fallbacks()
+    actual = torch.compile(bound["recurrent"], backend=keep, fullgraph=True)(**args, output_final_state=True)
+    same(actual, originals["recurrent"](**args, initial_state=None, output_final_state=True), 1e-5)
+    (graph,) = seen
+    assert sum("chunk_delta_rule" in str(node.target) for node in graph.graph.nodes) == calls
+    assert delta_rule_calls.fallbacks() == before

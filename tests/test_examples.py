@@ -66,7 +66,7 @@ def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
     assert example("generate").main(["--model", "olmo_hybrid", "--prompt", "9", "--new", "6"]) == 0
     printed = capsys.readouterr().out
     assert "tokens as without fusion_passes: 100%" in printed
-    assert "fused chunk_delta_rule 1" in printed and "fell back" not in printed
+    assert "bound 2 functions to chunk_delta_rule" in printed and "fell back" not in printed
     assert door.unbind() == []
 
 
