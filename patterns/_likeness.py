@@ -31,11 +31,21 @@ class Likeness:
     nodes: tuple[Node, ...]
 
     def proved(self, proofs: Proofs[T], prove: Callable[[], T]) -> T:
-        """What `prove` says of this subgraph, or what it said of one that is alike, with the nodes of this one."""
+        """What `prove` says of this subgraph, or what it said of one that is alike, with the nodes of this one.
+
+        What names other nodes is not remembered.
+        """
         places = {node: _Place(i) for i, node in enumerate(self.nodes)}
-        kept: Any = proofs.of(self.key, lambda: _renamed(prove(), places))
+        try:
+            kept: Any = proofs.of(self.key, lambda: _renamed(prove(), places))
+        except _Elsewhere:
+            return prove()
         found: T = _renamed(kept, {place: node for node, place in places.items()})
         return found
+
+
+class _Elsewhere(Exception):
+    """A node lies outside of the subgraph."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +58,8 @@ class _Place:
 def _renamed(value: Any, names: Mapping[Any, Any]) -> Any:
     """`value` with other nodes in it."""
     if isinstance(value, (Node, _Place)):
+        if value not in names:
+            raise _Elsewhere(value)
         return names[value]
     if isinstance(value, (list, tuple, set, frozenset)):
         return type(value)(_renamed(part, names) for part in value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusion_passes.patterns import _head_gate_scaling, gate_cumsum, index_score
+from fusion_passes.patterns._likeness import likeness
+from fusion_passes.patterns._proofs import Proofs
 from fusion_passes.testing import assert_same, run_fused
 
 LAYERS = 24
@@ -131,3 +134,18 @@ def test_masks_are_told_apart() -> None:
     found, report = run_fused(masked, *args, fusions="index_score", always_profitable=True)
     assert report.counts["index_score"] == 3, str(report)
     assert_same(found, masked(*args), 1e-4, 1e-4)
+
+
+def test_what_names_nodes_elsewhere_is_not_remembered() -> None:
+    graph = torch.fx.Graph()
+    x, elsewhere = graph.placeholder("x"), graph.placeholder("elsewhere")
+    root = graph.call_function(torch.ops.aten.relu.default, (x,))
+    for node in (x, elsewhere, root):
+        node.meta["val"] = torch.empty(2)
+    alike = likeness(root, [x], [])
+    for result, times in (([root, x], 1), ([root, elsewhere], 4)):
+        proofs: Proofs[list[torch.fx.Node]] = Proofs()
+        counts: collections.Counter[str] = collections.Counter()
+        prove = _counting(counts, "proofs", functools.partial(list, result))
+        assert [alike.proved(proofs, prove) for _ in range(2)] == [result, result]
+        assert counts["proofs"] == times
