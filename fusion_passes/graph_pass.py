@@ -85,9 +85,6 @@ class FusionPass(CustomGraphPass):
     def _run(self, graph: Graph) -> None:
         found = _calls(graph) if self.fusions else []
         if self.fusions:
-            # `torch.export` asserts the dtype of what is cast. Inductor drops that after this pass, and it would count
-            # as a use of an intermediate.
-            remove_assert_ops(graph)
             with unpadded(graph) as aside:
                 self._search(graph, found, aside)
         if any(record.outcome == "fused" for record in found):
@@ -106,6 +103,9 @@ class FusionPass(CustomGraphPass):
             candidates = (n for t in fusion.anchors for n in graph.find_nodes(op="call_function", target=t))
             anchors = [n for n in candidates if n not in aside.nodes and fusion.wants(n)]
             if anchors:
+                # `torch.export` asserts the dtype of what is cast. Inductor drops that after this pass, and it would
+                # count as a use of an intermediate.
+                remove_assert_ops(graph)
                 # The observer lets the bisector, `disabled_passes` and compile times name each fusion.
                 name, module = f"fusion_passes.{fusion.name}", graph.owning_module
                 assert module is not None
