@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 
 import torch
 from torch._inductor import config as inductor_config
@@ -90,18 +91,24 @@ def _is_dead(node: Node) -> bool:
 def mutations(site: Site, context: Context) -> Reason:
     """No leaf's memory is written between the first read in the subgraph and the last."""
     storages = {_storage(leaf): name for name, leaf in site.leaves.items()}
-    node, last = min(site.interior | {site.anchor}), max(site.outputs)
-    while node < last:
-        written = [_storage(source) for source in node.all_input_nodes] if mutates(node) else []
+    for writer in writers(min(site.interior | {site.anchor}).next, max(site.outputs)):
+        written = [_storage(source) for source in writer.all_input_nodes]
         for name in (storages[storage] for storage in written if storage in storages):
-            reason = f"{name} is written by {node.name} between its read and its use"
+            reason = f"{name} is written by {writer.name} between its read and its use"
             return Because(reason, f"write to {name} before it is read, or after the last use")
-        node = node.next
     return None
 
 
-def mutates(node: Node) -> bool:
-    """Does `node` write into a tensor that it is given?"""
+def writers(first: Node, end: Node) -> Iterator[Node]:
+    """Nodes from `first` on and before `end` that write into a tensor that they are given."""
+    node = first
+    while node < end:
+        if _mutates(node):
+            yield node
+        node = node.next
+
+
+def _mutates(node: Node) -> bool:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable

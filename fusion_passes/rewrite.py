@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from fusion_passes import restriding
 from fusion_passes.folding import is_view
 from fusion_passes.fusion import Refusal
-from fusion_passes.guards import mutates
+from fusion_passes.guards import writers
 from fusion_passes.sizes import Sizes
 
 # What a new node inherits from the one it stands for: where it came from, not what it is.
@@ -91,21 +91,13 @@ def _put_before(limit: Node, node: Node, moved: list[tuple[Node, Node]]) -> bool
     """
     if node < limit:
         return True
-    if node is limit or not is_view(node) or _writes_between(limit, node):
+    if node is limit or not is_view(node) or any(writers(limit, node)):
         return False
     if not all(_put_before(limit, source, moved) for source in node.all_input_nodes):
         return False
     moved.append((node, node.next))
     limit.prepend(node)
     return True
-
-
-def _writes_between(start: Node, end: Node) -> bool:
-    while start is not end:
-        if mutates(start):
-            return True
-        start = start.next
-    return False
 
 
 def _accept(made: Node, old: Node, assignments: Sequence[Sizes]) -> dict[Node, Any]:

@@ -21,6 +21,7 @@ from fusion_passes import aten as semantics
 from fusion_passes.fusion import NearMiss, dtype_name
 from fusion_passes.patterns._axis_factors import PLAIN, TIME, Factor, Layout
 from fusion_passes.patterns._chunk_assembly import Assembly
+from fusion_passes.patterns._likeness import speller
 from fusion_passes.patterns._parallel_axes import followed
 from fusion_passes.sizes import Sizes
 
@@ -333,13 +334,7 @@ def fingerprint(roots: Sequence[Node], found: Region, sizes: Sizes, *more: Any) 
     for node in (*ends, *found.nodes):
         number[node] = len(number)
 
-    def spelled(argument: Any) -> str:
-        if isinstance(argument, Node):
-            return f"%{number[argument]}" if argument in number else f"size {sizes.of(argument)}"
-        if isinstance(argument, (list, tuple)):
-            return f"[{','.join(map(spelled, argument))}]"
-        return repr(argument)
-
+    spelled = speller(number, [sizes])
     leaves = [(leaf.heads, leaf.width, leaf.head_first) for leaf in found.leaves]
     digest.update(repr((leaves, found.state is not None, more)).encode())
     for node in number:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch.fx import Node
 
+from fusion_passes.estimates import has_tensor
 from fusion_passes.patterns._proofs import Proofs
 from fusion_passes.sizes import Sizes
 
@@ -77,19 +78,11 @@ def likeness(root: Node, leaves: Sequence[Node], assignments: Sequence[Sizes], *
     ends, stack = len(number), [root]
     while stack:
         node = stack.pop()
-        if node not in number and _is_value(node):
+        if node not in number and has_tensor(node):
             number[node] = len(number)
             stack += reversed(node.all_input_nodes)
 
-    def spelled(argument: Any) -> str:
-        if isinstance(argument, (list, tuple)):
-            return f"[{','.join(map(spelled, argument))}]"
-        if isinstance(argument, Node) and argument in number:
-            return f"%{number[argument]}"
-        if isinstance(argument, (Node, torch.SymInt, torch.SymFloat, torch.SymBool)):
-            return f"size {[sizes.of(argument) for sizes in assignments]}"
-        return repr(argument)
-
+    spelled = speller(number, assignments)
     digest = hashlib.sha256(repr((ends, more)).encode())
     for node, i in number.items():
         digest.update(_described(node.meta["val"], spelled).encode())
@@ -100,9 +93,19 @@ def likeness(root: Node, leaves: Sequence[Node], assignments: Sequence[Sizes], *
     return Likeness(digest.hexdigest(), tuple(number))
 
 
-def _is_value(node: Node) -> bool:
-    """Has `node` a tensor, or several, rather than a size?"""
-    return isinstance(node.meta.get("val"), (torch.Tensor, tuple, list))
+def speller(number: Mapping[Node, int], assignments: Sequence[Sizes]) -> Callable[[Any], str]:
+    """Arguments as text: nodes by their numbers, others and symbols by their sizes under each assignment."""
+
+    def spelled(argument: Any) -> str:
+        if isinstance(argument, (list, tuple)):
+            return f"[{','.join(map(spelled, argument))}]"
+        if isinstance(argument, Node) and argument in number:
+            return f"%{number[argument]}"
+        if isinstance(argument, (Node, torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return f"size {[sizes.of(argument) for sizes in assignments]}"
+        return repr(argument)
+
+    return spelled
 
 
 def _described(value: Any, spelled: Callable[[Any], str]) -> str:

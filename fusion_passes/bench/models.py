@@ -21,7 +21,7 @@ from torch._inductor.utils import fresh_cache
 from fusion_passes import benchmarking, hf_models
 from fusion_passes.bench.contestants import BASELINES, STOCK, ours
 from fusion_passes.bench.limits import time_limit
-from fusion_passes.bench.results import COMPILED, Entry, Row
+from fusion_passes.bench.results import COMPILED, Entry, Row, first_line
 from fusion_passes.bench.verdicts import gate
 from fusion_passes.demo import TOLERANCE
 from fusion_passes.reports import report
@@ -70,7 +70,7 @@ def on_gpu(call: Callable[[], Any]) -> Sample:
     try:
         graph = benchmarking.capture(lambda *unused: call(), [()])
     except RuntimeError as problem:
-        return Sample(None, wall, kernels, peak, f"no CUDA graph: {_first_line(problem)}")
+        return Sample(None, wall, kernels, peak, f"no CUDA graph: {first_line(problem)}")
     gpu = statistics.median(benchmarking.replay_us(graph) for _ in range(20))
     return Sample(gpu, wall, kernels, peak)
 
@@ -161,8 +161,8 @@ def _tried(
     how: dict[str, Any], clock: Clock,
 ) -> Entry:  # fmt: skip
     torch._dynamo.reset()
-    torch.cuda.empty_cache()
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         # 32 MiB for each stream on which another contestant was captured would count as this one's.
         torch._C._cuda_clearCublasWorkspaces()
     before = report().counts
@@ -182,7 +182,7 @@ def _tried(
             sample = clock(functools.partial(run, **inputs))
             notes += [reason for _, reason in binding.fallbacks] if binding is not None else []
     except Exception as problem:
-        return Entry(failed=_first_line(problem))
+        return Entry(failed=first_line(problem))
     counts = report().counts
     sites = {name: counts[name] - before[name] for name in counts if counts[name] > before[name]}
     return Entry(
@@ -190,7 +190,3 @@ def _tried(
         note="; ".join(filter(None, (*notes, sample.note))),
         first_call_s=first, kernels=sample.kernels, peak_mb=sample.peak_mb,
     )  # fmt: skip
-
-
-def _first_line(problem: Exception) -> str:
-    return f"{type(problem).__name__}: {problem}".strip().splitlines()[0][:200]

@@ -113,6 +113,12 @@ class Results:
         path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
 
 
+def first_line(problem: Exception) -> str:
+    """What an entry says of an exception: its kind and the first line of its message."""
+    text = str(problem).strip().splitlines()
+    return f"{type(problem).__name__}: {text[0] if text else 'no message'}"[:200]
+
+
 def taken_now(rows: tuple[Row, ...], environment: Mapping[str, Any] | None = None) -> Results:
     """Results measured by the command that runs now, in this environment unless another is given."""
     command = shlex.join(["python", "-m", "fusion_passes", *sys.argv[1:]])

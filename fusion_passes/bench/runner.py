@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from fusion_passes import arch, benchmarking
 from fusion_passes.bench.contestants import contestants
-from fusion_passes.bench.results import OURS, Entry, Row
+from fusion_passes.bench.results import OURS, Entry, Row, first_line
 from fusion_passes.bench.verdicts import gate
 from fusion_passes.benchmarking import Call, Case, Timing
 from fusion_passes.reports import Report, report
@@ -76,7 +76,7 @@ def _tried(name: str, call: Call, case: Case, args: tuple[Any, ...], exact: Any)
     try:
         error = benchmarking.relative_error(call(*args), exact)
     except Exception as problem:
-        return Entry(failed=_first_line(problem))
+        return Entry(failed=first_line(problem))
     if name != OURS[0]:
         return Entry(error=error)
     records = report().records
@@ -96,10 +96,5 @@ def _with_times(entry: Entry, timing: Timing | Exception | None) -> Entry:
     if timing is None:
         return entry
     if isinstance(timing, Exception):
-        return Entry(error=entry.error, failed=_first_line(timing))
+        return Entry(error=entry.error, failed=first_line(timing))
     return Entry(timing.gpu_us, timing.wall_us, entry.error, entry.sites, note=entry.note)
-
-
-def _first_line(problem: Exception) -> str:
-    text = str(problem).strip().splitlines()
-    return f"{type(problem).__name__}: {text[0] if text else 'no message'}"[:200]
