@@ -4,9 +4,10 @@ The inputs of a timed call are cold in L2: calls rotate through enough input set
 evicted before its turn comes again, and each call writes to memory of its own. With `warm_sets` one set is replayed,
 and what fits in L2 stays there, as between the layers of a model. Callables that are compared take turns, so that a
 clock that drifts drifts for all. A turn is one replay that is not timed, so that what has to be written back from L2 is
-a callable's own, and one that is, of at least `CALLS` calls, so that the start of a graph does not count. Times are
-medians in microseconds. The floor is the time that the bytes or the FLOPs alone would take on the architecture's
-measured rates.
+a callable's own, and one that is, of `CALLS` calls or `REPLAY_US`, so that the start of a graph does not count; then
+the GPU rests for as long as that took. Without rest a GPU at its power limit lowers its clock, and what keeps the
+matrix units busy takes a tenth longer. Times are medians in microseconds. The floor is the time that the bytes or the
+FLOPs alone would take on the architecture's measured rates.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from fusion_passes import arch
 # More than twice the largest L2 in the table of architectures.
 ROTATE_BYTES = 130 << 20
 
-# Calls in one replay, at least.
+# Calls in one replay, fewer if they take this many microseconds all the same.
 CALLS = 16
+REPLAY_US = 2000.0
 
 # Cases up to this many bytes are "small": a round of them takes seconds and not minutes.
 SMALL_BYTES = 32 << 20
@@ -166,27 +168,33 @@ def measure_together(
     Arguments as for `measure`; the budget is for each of the callables.
     """
     found: dict[str, Timing | Exception] = {}
-    graphs: dict[str, torch.cuda.CUDAGraph] = {}
-    turn = [*sets] * math.ceil(CALLS / len(sets))
+    graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
     for name, call in calls.items():
         try:
-            graphs[name] = capture(call, turn)
+            graphs[name] = _long_enough(call, sets)
         except Exception as error:
             found[name] = error
-    for graph in [*graphs.values()] * 3:
-        graph.replay()
-    torch.cuda.synchronize()
     times: dict[str, list[float]] = {name: [] for name in graphs}
     deadline, done = time.perf_counter() + budget_s * len(graphs), 0
     while graphs and (done < repeats or (time.perf_counter() < deadline and done < 200)):
         done += 1
-        for name, graph in graphs.items():
+        for name, (graph, count) in graphs.items():
             graph.replay()  # a callable starts behind its own writes to the L2, and not behind another's
-            times[name].append(replay_us(graph) / len(turn))
+            taken = replay_us(graph)
+            times[name].append(taken / count)
+            time.sleep(2e-6 * taken)
     walls = wall_us_together({name: calls[name] for name in graphs}, sets)
-    for name, taken in times.items():
-        found[name] = Timing(statistics.median(taken), min(taken), max(taken), walls[name])
+    for name, each in times.items():
+        found[name] = Timing(statistics.median(each), min(each), max(each), walls[name])
     return found
+
+
+def _long_enough(call: Call, sets: Sequence[tuple[Any, ...]]) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of `CALLS` calls, or of `REPLAY_US`, on whole rounds through the sets; and its number of calls."""
+    graph = capture(call, sets)
+    once = min(replay_us(graph) for _ in range(3))
+    rounds = max(1, math.ceil(min(CALLS / len(sets), REPLAY_US / once)))
+    return (graph if rounds == 1 else capture(call, [*sets] * rounds)), rounds * len(sets)
 
 
 def replay_us(graph: torch.cuda.CUDAGraph) -> float:

@@ -31,6 +31,7 @@ _TUPLES: frozenset[Any] = aten.SPLITS | {key[0] for key in _RULES if isinstance(
 
 _LONG_CHAIN = 4  # consecutive writes into one tensor that count as an unrolled loop
 _LARGEST_BLOCK = 2**14  # elements of a matrix that is worth computing whole
+_NEIGHBOURS = 2  # such matrices that are computed at once: the next chunk of a loop costs little in addition
 
 
 class Evaluator:
@@ -152,8 +153,10 @@ class Evaluator:
         block = self._block(node)
         if block == 1:
             return missing
-        first = torch.unique(missing // block) * block
-        return self._missing(node, (first[:, None] + torch.arange(block)).reshape(-1))
+        run = _NEIGHBOURS * block
+        first = torch.unique(missing // run) * run
+        whole = (first[:, None] + torch.arange(run)).reshape(-1)
+        return self._missing(node, whole[whole < self.sizes.numel(node)])
 
     def _block(self, node: Node) -> int:
         if node.target not in aten.SCATTERS or node.target is torch.ops.aten.copy.default:

@@ -193,7 +193,7 @@ def plan(
         args |= {"H": heads, "BH": _heads(heads), "STEP": _steps(use, heads)}
     else:
         kernel = index_score_by_head_kernel
-        known = static(queries) if target.inlined else None
+        known = static(queries)
         args |= {"heads": heads, "ROWS_IN": known is not None and known % use["queries"] == 0}
     grid = cdiv(keys, use["keys"]) * cdiv(queries, use["queries"]) * batch
     return Launch(kernel, (grid,), args, use["warps"], use["stages"])

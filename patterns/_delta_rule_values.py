@@ -97,7 +97,8 @@ class ChunkValues:
     def step(self, index: int, after: Node | None) -> Step:
         """Everything about one chunk of one batch and head, others for every chunk; `after` is the state it leaves."""
         loop, assembly = self.loop, self.loop.assembly
-        generator = torch.Generator().manual_seed(index)
+        # The first two chunks are of one head: the evaluator then computes what they share once.
+        generator = torch.Generator().manual_seed(index // 2)
         batch, head = (int(torch.randint(assembly.sizes[x], (), generator=generator)) for x in "bh")
         held = assembly.tokens(index)
         length, width = min(held, loop.tokens - index * loop.chunk), assembly.sizes["v"]

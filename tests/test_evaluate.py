@@ -134,18 +134,18 @@ def test_an_unrolled_loop_is_evaluated_once() -> None:
         nodes = sum(n.op == "call_function" for n in module.graph.nodes)
         visits[size] = evaluator.visits
         assert evaluator.visits < 2 * nodes
-        # one matrix of six is evaluated
-        assert evaluator.computed < 3 * size**3
+        # two neighbours of six matrices are evaluated
+        assert evaluator.computed < 6 * size**3
     assert visits[64] < 5 * visits[16]
 
 
-def test_promotion_stays_inside_a_chunk() -> None:
+def test_promotion_goes_no_further_than_the_next_chunk() -> None:
     module, node = traced_loop(16)
     evaluator = Counting({tracing.placeholders(module.graph)[0]: hashed(0, -0.3, 0.3)}, Sizes())
     evaluator.values(node, torch.tensor([16 * 16 * 4 + 35]))
     for known, done in evaluator.done.items():
         if known.target is aten.select_scatter.default and len(known.meta["val"].shape) == 5:
-            assert (done.nonzero() // 256).unique().tolist() == [4]
+            assert (done.nonzero() // 256).unique().tolist() == [4, 5]
 
 
 def test_an_assembly_of_chunks_is_not_evaluated_whole() -> None:

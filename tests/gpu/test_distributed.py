@@ -38,8 +38,9 @@ pytest.importorskip("transformers")
 def test_models_of_two_ranks(model: str, split: str, sites: dict[str, int], heads: str, tmp_path: Path) -> None:
     """Linear attention has half of its heads on a rank, the indexer of sparse attention all of them."""
     path = tmp_path / "found.json"
-    command = [sys.executable, str(EXAMPLE), "--model", model, "--split", split, "--tokens", "128", "--json", str(path)]
-    environment = {**os.environ, **WITHOUT_MULTICAST, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLE), "--model", model, "--split", split, "--tokens", "64", "--json", str(path)]
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, **WITHOUT_MULTICAST, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     ranks: list[list[dict[str, Any]]] = json.loads(path.read_text())["ranks"]

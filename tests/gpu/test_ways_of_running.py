@@ -220,16 +220,27 @@ torch.save(found, sys.argv[3])
 PACKAGES = (("mla_kv_pack",), tuple(name for name in FUNCTIONAL if name != "mla_kv_pack"))
 
 
+LOADED_AT_ALL = """
+import sys, torch
+torch._inductor.aoti_load_package(sys.argv[1])(torch.ones(8, device="cuda"))
+"""
+
+
 @pytest.fixture
 def packages_can_be_built(tmp_path: Path) -> None:
-    """Skips where AOTInductor cannot build a package of one addition: what it needs of C++ and CUDA is not there."""
+    """Skips where AOTInductor's package of nothing cannot be built, or where a process that loads it dies."""
     if shutil.which("g++") is None:
         pytest.skip("AOTInductor needs g++")
     program = torch.export.export(torch.nn.Identity(), (torch.ones(8, device=DEVICE),))
     try:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "nothing.pt2"))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "nothing.pt2"))
     except Exception as problem:
         pytest.skip(f"AOTInductor builds nothing here: {str(problem).strip()[:500]}")
+    command = [sys.executable, "-c", LOADED_AT_ALL.replace("cuda", DEVICE), path]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or ["nothing"]
+        pytest.skip(f"PyTorch cannot load AOTInductor's package of nothing here ({done.returncode}): {said[-1][:300]}")
 
 
 @pytest.mark.parametrize("names", PACKAGES, ids=["float8", "float32"])
