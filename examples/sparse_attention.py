@@ -5,8 +5,9 @@
 
 In each layer an indexer scores every earlier token for every query, with heads of its own and weights per head, and
 only the tokens with the highest scores take part in the attention. Its weights become `head_gate`, its scores
-`index_score`. A prompt of no more tokens than a query may select (2,048 in the released models, 64 in the tiny ones)
-needs no scores: `full_topk` takes the selection out, and the indexer with it. Try `--tokens 48`.
+`index_score`, and the selection, from 1,024 tokens on, `topk_mask`. A prompt of no more tokens than a query may select
+(2,048 in the released models, 64 in the tiny ones) needs no scores: `full_topk` takes the selection out, and the
+indexer with it. Try `--tokens 48`.
 """
 
 from __future__ import annotations

@@ -127,6 +127,10 @@ def _any(anchor: Node) -> bool:
     return True
 
 
+def _as_drawn(name: str, values: torch.Tensor) -> torch.Tensor:
+    return values
+
+
 @dataclasses.dataclass(frozen=True)
 class Fusion:
     """Everything the pass needs to know about one fusion.
@@ -149,6 +153,8 @@ class Fusion:
         absorbs: names of fusions that are part of this one and are not attempted on what it has taken.
         default: whether "default" in the `fusions` setting includes it.
         tolerance: relative error (L2 norm) that `verify` allows between the subgraph and the fused op.
+        draw: what an operand holds when `verify` runs, made of its name and of normal random numbers with its shape,
+            strides and dtype; those numbers unless given.
         sources: functions whose files the compile caches have to know as well, beside that of `match`.
     """
 
@@ -164,6 +170,7 @@ class Fusion:
     absorbs: tuple[str, ...] = ()
     default: bool = True
     tolerance: float = 1e-5
+    draw: Callable[[str, torch.Tensor], torch.Tensor] = _as_drawn
     sources: tuple[Callable[..., Any], ...] = ()
 
     def __post_init__(self) -> None:

@@ -31,7 +31,8 @@ def check(fusion: Fusion, site: Site, new: Sequence[Node], sizes: Sizes) -> None
     device = site.replaced.meta["val"].device
     if _is_missing(device, fusion, site.anchor):
         return
-    leaves = _random_leaves(device, site.leaves.values(), sizes)
+    drawn = _random_leaves(device, site.leaves.values(), sizes)
+    leaves = {leaf: fusion.draw(name, drawn[leaf]) for name, leaf in site.leaves.items()}
     graph = site.anchor.graph
     for old, replacement in zip(site.outputs, new, strict=True):
         with torch.no_grad():

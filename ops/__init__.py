@@ -11,6 +11,7 @@ from fusion_passes.ops import (
     mla_kv_pack,
     qkv_split,
     rotate_pairs,
+    topk_mask,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "mla_kv_pack",
     "qkv_split",
     "rotate_pairs",
+    "topk_mask",
 ]

@@ -11,6 +11,7 @@ from fusion_passes.patterns.index_score import FUSION as INDEX_SCORE
 from fusion_passes.patterns.mla_kv_pack import FUSION as MLA_KV_PACK
 from fusion_passes.patterns.qkv_split import FUSION as QKV_SPLIT
 from fusion_passes.patterns.redundant_copy import FUSION as REDUNDANT_COPY
+from fusion_passes.patterns.topk_mask import FUSION as TOPK_MASK
 
 # First what makes others needless; copies come last: a larger fusion may read its operands through strides.
 FUSIONS = (
@@ -20,6 +21,7 @@ FUSIONS = (
     GATE_CUMSUM,
     HEAD_GATE,
     INDEX_SCORE,
+    TOPK_MASK,
     MLA_KV_PACK,
     QKV_SPLIT,
     REDUNDANT_COPY,

@@ -35,6 +35,7 @@ TESTS = {
     "chunk_delta_rule": "gates_inside or packed_sequences",
     "index_score": "(product_per_head and 64-12-96 and keep) or (test_layouts and (bst or tbs))",
     "head_gate": "test_forms and (16- or 300-) and not split_x",
+    "topk_mask": "test_regimes and (random or few_values or causal) or test_layouts",
     "redundant_copy": "test_kernel and dtype0 and (by_rows or by_tokens)",
 }
 # What the names of an op's kernels have in common, where that is not the op's name.

@@ -17,6 +17,7 @@ from fusion_passes.ops.index_score import index_score
 from fusion_passes.ops.mla_kv_pack import mla_kv_pack
 from fusion_passes.ops.qkv_split import qkv_split
 from fusion_passes.ops.rotate_pairs import rotate_pairs_
+from fusion_passes.ops.topk_mask import topk_mask
 from fusion_passes.testing import assert_same
 
 rand = torch.rand
@@ -34,6 +35,7 @@ GOOD: dict[Callable[..., Any], Callable[[int], dict[str, Any]]] = {
     },
     index_score: lambda t: {"q": rand(t, 8, 16), "k": rand(40, 16), "w": rand(t, 8), "causal_offset": 40 - t},
     head_gate: lambda t: {"x": rand(t, 200), "weight": rand(24, 200), "q_scale": rand(t, 24)},
+    topk_mask: lambda t: {"scores": rand(t, 50), "k": 7},
     rotate_pairs_: lambda t: {"pairs": rand(t, 3, 5, 2, 4), "cos": rand(t, 3, 5, 1, 4), "sin": rand(1, 1, 5, 1, 4)},
 }  # fmt: skip
 BY_NAME = {function.__name__: function for function in GOOD}

@@ -176,3 +176,47 @@ case(
     Call(lambda scores: scores.gather(-1, scores.topk(16).indices), draw((4, 16))),
     "for which their order matters", "", None,
 )  # fmt: skip
+
+# --- a part of the entries -------------------------------------------------------------------------------------------
+
+ANYWAY = {"always_profitable": True}
+
+
+def shown(scores: Tensor, axis: int = -1) -> Tensor:
+    chosen = scores.topk(5, dim=axis).indices
+    return torch.zeros(scores.shape).scatter(axis, chosen, 1.0)
+
+
+case(
+    "topk_mask: another axis",
+    Call(lambda scores: shown(scores, 0), draw((16, 16)), ANYWAY),
+    "it selects along axis 0 of 2", "move the axis of the selection to the end",
+    Call(lambda scores: shown(scores.mT.contiguous().sin()).mT, draw((16, 16)), ANYWAY),
+)  # fmt: skip
+case(
+    "topk_mask: double",
+    Call(shown, draw((4, 16), dtype=F64), ANYWAY),
+    "scores is float64", "hand scores over in bfloat16, float16 or float32",
+    Call(lambda scores: shown(scores.float()), draw((4, 16), dtype=F64), ANYWAY),
+)  # fmt: skip
+case(
+    "topk_mask: columns apart",
+    Call(lambda scores: shown(scores[:, ::2]), draw((4, 16)), ANYWAY),
+    "reads rows of neighbouring entries", "by .contiguous() before the call",
+    Call(lambda scores: shown(scores[:, ::2].contiguous()), draw((4, 16)), ANYWAY),
+)  # fmt: skip
+case(
+    "topk_mask: rows at three strides",
+    Call(lambda scores: shown(scores[:, :2, :3]), draw((3, 4, 5, 16)), ANYWAY),
+    "lie at more than two strides", "by .contiguous() before the selection",
+    Call(lambda scores: shown(scores[:, :2, :3].contiguous()), draw((3, 4, 5, 16)), ANYWAY),
+)  # fmt: skip
+case(
+    "topk_mask: short rows",
+    Call(shown, draw((4, 16))),
+    "rows of 1,024 to 32,768 entries are measured to gain", "always_profitable", Call(shown, draw((4, 16)), ANYWAY),
+)  # fmt: skip
+case(
+    "topk_mask: long rows",
+    Call(shown, draw((1, 32769)), ANYWAY), "rows of 1,024 to 32,768 entries are measured to gain", "", None,
+)  # fmt: skip

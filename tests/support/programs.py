@@ -15,9 +15,12 @@ from fusion_passes.plans import operand_of
 
 
 def poison(memory: torch.Tensor) -> torch.Tensor:
-    """The tensor, filled with NaN, or with the largest number of an integer dtype."""
+    """The tensor, filled with NaN, with the largest number of an integer dtype, or with what is no bool."""
     if memory.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         memory.view(torch.uint8).fill_(0x7F)  # NaN in both
+        return memory
+    if memory.dtype == torch.bool:
+        memory.view(torch.uint8).fill_(0xFF)
         return memory
     return memory.fill_(math.nan if memory.is_floating_point() else torch.iinfo(memory.dtype).max)
 

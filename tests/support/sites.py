@@ -87,6 +87,10 @@ def full_topk(x: Tensor) -> Tensor:
     return torch.ones_like(x).scatter(-1, x.topk(12).indices, 0.0) + x
 
 
+def topk_mask(x: Tensor) -> Tensor:
+    return torch.ones_like(x).scatter(-1, x.topk(5).indices, 0.0) + x
+
+
 def delta_rule_intra(rows: Tensor) -> Any:
     k, v, g, beta = rows.split([64, 96, 2, 2], -1)
     return SYSTEMS["solved_together"].function(k.unflatten(-1, (2, 32)), v.unflatten(-1, (2, 48)), g, beta, None)
@@ -119,6 +123,7 @@ SITES: dict[str, Site] = {
     "redundant_copy": Site(redundant_copy, (("t", 24, 16), ("t", 4, 16), ("t", 4, 16)), writes=True),
     "rotate_pairs": Site(rotate_pairs, (("t", 3, 16), (3, 8), (3, 8)), writes=True),
     "full_topk": Site(full_topk, (("t", 12),), trains=True),
+    "topk_mask": Site(topk_mask, (("t", 12),), trains=True),
     "delta_rule_intra": Site(delta_rule_intra, ((1, "t", 164),), draw=_rows),
     "chunk_delta_rule": Site(
         chunk_delta_rule, (WIDE, WIDE, WIDE, (1, "t", 2), (1, "t", 2)), symbolic=False, draw=_operands
