@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", default="heads", choices=("heads", "parameters"))
     parser.add_argument("--processes", type=int, default=2, help="where torchrun does not say it")
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--without-stock", action="store_true", help="compile with the backend alone")
     parser.add_argument("--json", type=Path, help="write the table to this file")
     args = _compare.parsed(parser, argv, tokens=64)
     if "RANK" not in os.environ:
@@ -62,9 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     with torch.no_grad():
         expected = model(**inputs).last_hidden_state
-        rows = [row(model, inputs, expected, ours, 1) for ours in (False, True)]
+        backends = (True,) if args.without_stock else (False, True)
+        rows = [row(model, inputs, expected, ours, 1) for ours in backends]
         (split_heads if args.split == "heads" else split_parameters)(model, mesh)
-        rows += [row(model, inputs, expected, ours, mesh.size()) for ours in (False, True)]
+        rows += [row(model, inputs, expected, ours, mesh.size()) for ours in backends]
     everybody: list[Any] = [None] * mesh.size()
     dist.all_gather_object(everybody, rows)
     dist.destroy_process_group()

@@ -111,7 +111,7 @@ _GAINS = f"rows of {SHORTEST:,} to {op.LONGEST:,} entries are measured to gain"
 
 
 def profit(site: Site, context: Context) -> Reason:
-    """Short rows are sorted as fast as they are counted."""
+    """Rows below `SHORTEST` have not been measured."""
     length = site.leaves["scores"].meta["val"].shape[-1]
     return f"its rows have {length} entries; {_GAINS}" if length < SHORTEST else None
 
