@@ -82,8 +82,9 @@ class Places:
         """
         evaluator = Evaluator(draws, self.sizes)
         values = evaluator.values(self.root, ravel(self.coords, self.sizes.shape(self.root))).to(torch.float64)
+        # A leaf without axes has one value for all places.
         leaves = {
-            leaf: draw(ravel(self.reads[leaf].coords, self.sizes.shape(leaf))).to(torch.float64)
+            leaf: draw(ravel(self.reads[leaf].coords, self.sizes.shape(leaf))).to(torch.float64).expand(values.shape)
             for leaf, draw in draws.items()
         }
         return Samples(values, leaves, {leaf: a.valid for leaf, a in self.reads.items()}, list(evaluator.roundings))

@@ -27,6 +27,10 @@ from fusion_passes.sizes import Sizes
 _PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "fwd_source_fn_stack", "original_aten", "from_node")
 
 
+# Nodes that one rewrite moves ahead: a gate and its projection, but not half of a model.
+MOST_MOVED = 16
+
+
 class MetadataMismatch(Exception):
     """The replacement differs from the original in shape, strides, dtype or device; the message says where."""
 
@@ -46,8 +50,8 @@ def replace(
     """Put the values that `build()` returns in the places of `replaced`, or leave the graph as it was and raise.
 
     `build` creates nodes with `call`; they are inserted before the first of `replaced`, or after the last of `leaves`
-    where that comes later, and get the entries of `meta`. Views among `leaves` that come behind a reader of `replaced`
-    are put before it. Nothing is added to the guards.
+    where that comes later, and get the entries of `meta`. Those of `leaves` that come behind a reader of `replaced` are
+    put before it, if they can be computed there. Nothing is added to the guards.
 
     Raises:
         MetadataMismatch: a new value's shape, strides, dtype or device differ from the old one's.
@@ -84,20 +88,35 @@ def replace(
         node.meta["val"] = value
 
 
-def _put_before(limit: Node, node: Node, moved: list[tuple[Node, Node]]) -> bool:
-    """Is `node` before `limit`, where need be because it is a view that could be moved there? Notes what it moved.
+def _put_before(limit: Node, node: Node, moved: list[tuple[Node, Node]]) -> None:
+    """Move `node` before `limit`, and what it needs; nothing if that is not possible. Notes what it moved.
 
-    A view takes no time and no memory, wherever it is, and shows the same unless something is written on the way.
+    What is computed without side effects is the same wherever its sources are known, unless something is written on the
+    way. A pass of Inductor puts such nodes right before their first reader.
     """
-    if node < limit:
-        return True
-    if node is limit or not is_view(node) or any(writers(limit, node)):
-        return False
-    if not all(_put_before(limit, source, moved) for source in node.all_input_nodes):
-        return False
-    moved.append((node, node.next))
-    limit.prepend(node)
-    return True
+    late: set[Node] = set()
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if node < limit or node in late:
+            continue
+        if node is limit or len(late) == MOST_MOVED or not _is_movable(node):
+            return
+        late.add(node)
+        stack += node.all_input_nodes
+    if late and not any(writers(limit, max(late))):
+        for node in sorted(late):
+            moved.append((node, node.next))
+            limit.prepend(node)
+
+
+def _is_movable(node: Node) -> bool:
+    """Is `node` a view, or an operator of ATen that only computes, from its inputs alone?"""
+    target = node.target
+    if is_view(node) or not isinstance(target, torch._ops.OpOverload):
+        return is_view(node)
+    random = torch.Tag.nondeterministic_seeded in target.tags
+    return target.namespace in ("aten", "prims") and not target._schema.is_mutable and not random
 
 
 def _accept(made: Node, old: Node, assignments: Sequence[Sizes]) -> dict[Node, Any]:

@@ -115,9 +115,45 @@ def test_views_that_come_late_are_put_before_what_reads_the_first_value() -> Non
     assert report.counts["two_sines"] == 1, report
 
 
-def test_views_stay_where_they_are_when_the_site_is_left_alone() -> None:
-    untouched, _ = graph_after(later_view, "none")
-    text, report = graph_after(later_view, "two_sines", replace=too_few)
+def later_gate(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    first = a.sin() + 1
+    return first, (b @ b.T @ a).sigmoid().sin()
+
+
+def test_what_is_computed_late_is_put_before_what_reads_the_first_value() -> None:
+    """Inductor puts a gate and its projection right before their first reader."""
+    actual, report = run(later_gate, *draw())
+    torch.testing.assert_close(actual, later_gate(*draw()))
+    assert report.counts["two_sines"] == 1, report
+
+
+def test_random_numbers_are_drawn_in_their_order() -> None:
+    def f(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        first = a.sin() + torch.rand_like(a)
+        return first, torch.rand_like(b).sin()
+
+    graph = trace(f, *draw(), decompose=False).graph
+    site = sites(graph)
+    with pytest.raises(Refusal, match="before rand_like_1 is computed"):
+        rewrite.replace(graph, site.outputs, site.leaves.values(), list, [], {})
+
+
+def test_half_of_a_model_is_not_put_elsewhere() -> None:
+    def f(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        first = a.sin() + 1
+        for _ in range(rewrite.MOST_MOVED // 2):
+            b = (b * 2).tanh()
+        return first, b.exp().sin()
+
+    _, report = run(f, *draw())
+    (record,) = report.records
+    assert record.outcome == "refused" and "is needed by" in record.reason
+
+
+@pytest.mark.parametrize("function", [later_view, later_gate])
+def test_all_stay_where_they_are_when_the_site_is_left_alone(function: Callable[..., Any]) -> None:
+    untouched, _ = graph_after(function, "none")
+    text, report = graph_after(function, "two_sines", replace=too_few)
     assert text == untouched and report.records[0].outcome == "refused"
 
 

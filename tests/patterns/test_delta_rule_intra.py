@@ -11,8 +11,11 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch._inductor.fx_passes.post_grad import reorder_for_locality
+from torch.fx import Graph, GraphModule
 
+from fusion_passes import hf_models
+from fusion_passes.benchmarking import relative_error
 from fusion_passes.explanation import tracing_backend
 from fusion_passes.graph_pass import FusionPass
 from fusion_passes.ops._delta_rule_intra_cases import _case
@@ -160,6 +163,27 @@ def test_one_graph_of_the_function_of_qwen3_next_serves_all_lengths() -> None:
         assert_same(compiled(other), run(other), 1e-5, 3e-6)
     ((outcome, said),) = ours(rewritten.found)
     assert outcome == "fused" and "pairs of q and k of all chunks" in said
+
+
+@pytest.mark.parametrize("name", ["kimi_linear", "qwen3_next"])
+def test_whole_models(name: str) -> None:
+    """Their gates are computed right before their first reader, behind the first reader of other results."""
+    model, inputs = hf_models.build(name, dtype=torch.bfloat16, layers=2, seq=100)
+
+    def run(given: dict[str, Tensor]) -> Tensor:
+        return model(**given).last_hidden_state
+
+    found = FusionPass(snapshot({"strict": True, "reference_on_cpu": True, "fusions": NAME, "always_profitable": True}))
+
+    def as_inductor_does(graph: Graph) -> None:
+        reorder_for_locality(graph)
+        found(graph)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend=tracing_backend(as_inductor_does, run_rewritten=True))  # type: ignore[arg-type]
+    assert relative_error(compiled(inputs), run(inputs)) < 2e-2
+    ((outcome, said),) = ours(found.found)
+    assert outcome == "fused", said
 
 
 def test_the_whole_delta_rule_comes_first() -> None:

@@ -252,3 +252,11 @@ def test_a_model_without_gates() -> None:
     model, inputs = hf_models.build("deepseek_v3", dtype=torch.float32, seq=64)
     with torch.no_grad():
         assert fusion_passes.explain(model, **inputs).counts == {}
+
+
+def test_an_operand_without_axes_is_named_with_its_value() -> None:
+    def f(raw: Tensor, rate: Tensor) -> Tensor:
+        return (rate * raw.tanh()).unflatten(1, (-1, 64)).cumsum(2)
+
+    raw = torch.randn(2, 128, 4, generator=torch.Generator().manual_seed(0))
+    assert_refuses(f, raw, torch.tensor(0.5), fusion="gate_cumsum", reason="arg1_1 = ")
