@@ -64,8 +64,10 @@ def tracing_backend(explained: FusionPass, run_rewritten: bool = False) -> Calla
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._inductor.compile_fx import compile_fx
 
-    def look(gm: GraphModule, example_inputs: Sequence[Any], **unused: Any) -> Callable[..., Any]:
-        seen = show_recursively(gm, explained)
+    def look(
+        gm: GraphModule, example_inputs: Sequence[Any], is_inference: bool = False, **unused: Any
+    ) -> Callable[..., Any]:
+        seen = show_recursively(gm, explained, is_inference)
         return make_boxed_func(seen.forward if run_rewritten else gm.forward)
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -76,9 +78,9 @@ def tracing_backend(explained: FusionPass, run_rewritten: bool = False) -> Calla
     return backend
 
 
-def show_recursively(gm: GraphModule, explained: FusionPass) -> GraphModule:
+def show_recursively(gm: GraphModule, explained: FusionPass, inference: bool) -> GraphModule:
     """A copy of `gm` that the pass has seen, its subgraphs (branches of `torch.cond`) first, as Inductor shows them."""
-    from torch._inductor.fx_passes.post_grad import view_to_reshape
+    from torch._inductor.fx_passes.post_grad import reorder_for_locality, view_to_reshape
 
     graph = Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
@@ -86,8 +88,10 @@ def show_recursively(gm: GraphModule, explained: FusionPass) -> GraphModule:
     for name in dict.fromkeys(str(node.target) for node in graph.find_nodes(op="get_attr")):
         part = getattr(copy, name, None)
         if isinstance(part, GraphModule):
-            setattr(copy, name, show_recursively(part, explained))
+            setattr(copy, name, show_recursively(part, explained, inference))
     view_to_reshape(copy)
+    if inference and inductor_config.reorder_for_locality:
+        reorder_for_locality(graph)
     explained(graph)
     copy.recompile()
     return copy

@@ -11,8 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from torch._inductor.fx_passes.post_grad import reorder_for_locality
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
 from fusion_passes import hf_models
 from fusion_passes.benchmarking import relative_error
@@ -173,17 +172,9 @@ def test_whole_models(name: str) -> None:
     def run(given: dict[str, Tensor]) -> Tensor:
         return model(**given).last_hidden_state
 
-    found = FusionPass(snapshot({"strict": True, "reference_on_cpu": True, "fusions": NAME, "always_profitable": True}))
-
-    def as_inductor_does(graph: Graph) -> None:
-        reorder_for_locality(graph)
-        found(graph)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(run, backend=tracing_backend(as_inductor_does, run_rewritten=True))  # type: ignore[arg-type]
-    assert relative_error(compiled(inputs), run(inputs)) < 2e-2
-    ((outcome, said),) = ours(found.found)
-    assert outcome == "fused", said
+    actual, report = run_fused(run, inputs, fusions=NAME, always_profitable=True)
+    assert report.counts == {NAME: 1}, str(report)
+    assert relative_error(actual, run(inputs)) < 2e-2
 
 
 def test_the_whole_delta_rule_comes_first() -> None:
