@@ -346,12 +346,8 @@ FILL_ARGUMENT: dict[Any, int] = {
     prims.full_like.default: 1,
 }
 FILL_VALUE: dict[Any, int] = {
-    aten.zeros.default: 0,
-    aten.zeros_like.default: 0,
-    aten.new_zeros.default: 0,
-    aten.ones.default: 1,
-    aten.ones_like.default: 1,
-    aten.new_ones.default: 1,
+    **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), 0),
+    **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), 1),
 }
 RAMPS: frozenset[Any] = frozenset({prims.iota.default, aten.arange.default, aten.arange.start, aten.arange.start_step})
 
@@ -394,3 +390,11 @@ def arguments(node: Node) -> dict[str, Any]:
     named.update(zip((name for name, _ in signature), node.args))
     named.update(node.kwargs)
     return named
+
+
+def fill_of(node: Node) -> bool | int | float | None:
+    """The number that a tensor holds at every element, where it is made of one that is known; else None."""
+    number: Any = FILL_VALUE.get(node.target)
+    if node.target in FILL_ARGUMENT:
+        number = node.args[FILL_ARGUMENT[node.target]]
+    return number if isinstance(number, (bool, int, float)) else None

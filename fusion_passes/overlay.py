@@ -250,10 +250,8 @@ def _number(node: Node) -> float | None:
     """The value of a tensor that holds the same number everywhere, else None."""
     while node.target in CARRIERS and isinstance(node.args[0], Node):
         node = node.args[0]
-    value: Any = semantics.FILL_VALUE.get(node.target)
-    if node.target in semantics.FILL_ARGUMENT:
-        value = node.args[semantics.FILL_ARGUMENT[node.target]]
-    return float(value) if isinstance(value, (int, float)) else None
+    value = semantics.fill_of(node)
+    return None if value is None else float(value)
 
 
 def _same_numbers(pattern: Node, node: Node) -> bool:

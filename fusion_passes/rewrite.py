@@ -26,8 +26,7 @@ from fusion_passes.sizes import Sizes
 # What a new node inherits from the one it stands for: where it came from, not what it is.
 _PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "fwd_source_fn_stack", "original_aten", "from_node")
 
-
-# Nodes that one rewrite moves ahead: a gate and its projection, but not half of a model.
+# Nodes that are moved ahead for one operand: a gate and its projection, but not half of a model.
 MOST_MOVED = 16
 
 
@@ -112,11 +111,12 @@ def _put_before(limit: Node, node: Node, moved: list[tuple[Node, Node]]) -> None
 
 def _is_movable(node: Node) -> bool:
     """Is `node` a view, or an operator of ATen that only computes, from its inputs alone?"""
+    if is_view(node):
+        return True
     target = node.target
-    if is_view(node) or not isinstance(target, torch._ops.OpOverload):
-        return is_view(node)
-    random = torch.Tag.nondeterministic_seeded in target.tags
-    return target.namespace in ("aten", "prims") and not target._schema.is_mutable and not random
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims"):
+        return False
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _accept(made: Node, old: Node, assignments: Sequence[Sizes]) -> dict[Node, Any]:

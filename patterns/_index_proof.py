@@ -117,8 +117,7 @@ def _near_thresholds(structure: Structure) -> list[float]:
         if node.target in SCALINGS | ADDITIONS or node.target not in semantics.POINTWISE:
             continue
         for source in (*node.args, *node.kwargs.values()):
-            fill = semantics.FILL_ARGUMENT.get(source.target) if isinstance(source, Node) else None
-            number = source.args[fill] if isinstance(source, Node) and fill is not None else source
+            number = semantics.fill_of(source) if isinstance(source, Node) else source
             if isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < abs(number) < 1e37:
                 numbers.add(float(number))
     return [x * near for x in sorted(numbers, key=abs)[:MOST_THRESHOLDS] for near in (0.99, 1.01, -1.01)]

@@ -64,24 +64,12 @@ def match(anchor: Node, context: Context) -> Site | None:
     bases = {
         f"base_{n}": base
         for n, s in enumerate(scatters)
-        if isinstance(base := s.args[0], Node) and _fill_of(base) is None
+        if isinstance(base := s.args[0], Node) and semantics.fill_of(base) is None
     }
-    kind = "greatest" if _largest(anchor) else "least"
+    kind = "greatest" if semantics.arguments(anchor)["largest"] else "least"
     dtype = dtype_name(selection.scores_of(anchor).meta["val"].dtype)
     summary = f"the {sizes[0]} {kind} of {sizes[1]} entries are marked, {dtype} scores"
     return selection.site(anchor, steps, scatters, bases, summary, context.sizes[0])
-
-
-def _largest(anchor: Node) -> bool:
-    return bool(semantics.arguments(anchor)["largest"])
-
-
-def _fill_of(base: Node) -> bool | int | float | None:
-    """The number that `base` is filled with, if it is made of one."""
-    if base.target not in semantics.FILL_ARGUMENT:
-        return None
-    number = base.args[semantics.FILL_ARGUMENT[base.target]]
-    return number if isinstance(number, (bool, int, float)) else None
 
 
 def guard(site: Site, context: Context) -> Reason:
@@ -118,8 +106,8 @@ def profit(site: Site, context: Context) -> Reason:
 
 def replace(site: Site, graph: Graph) -> list[Node]:
     """The mask once, and for every scatter a choice between its number and what it writes to."""
-    (k, _), largest = selection.known(site.anchor) or (0, 0), _largest(site.anchor)
-    mask = rewrite.call(graph, op.OP, site.leaves["scores"], k, largest)
+    given = semantics.arguments(site.anchor)
+    mask = rewrite.call(graph, op.OP, site.leaves["scores"], given["k"], given["largest"])
     # One of the results may be the mask itself, and no two may be.
     itself = next((scatter for scatter in site.outputs if _is_mask(scatter)), None)
     return [mask if scatter is itself else _chosen(graph, mask, scatter) for scatter in site.outputs]
@@ -129,13 +117,13 @@ def _is_mask(scatter: Node) -> bool:
     """Does `scatter` write True to a tensor of False?"""
     base, number = scatter.args[0], scatter.args[3]
     assert isinstance(base, Node)
-    return base.meta["val"].dtype == torch.bool and bool(number) and _fill_of(base) in (False, 0)
+    return base.meta["val"].dtype == torch.bool and bool(number) and semantics.fill_of(base) == 0
 
 
 def _chosen(graph: Graph, mask: Node, scatter: Node) -> Node:
     base, number = scatter.args[0], scatter.args[3]
     assert isinstance(base, Node) and isinstance(number, (bool, int, float))
-    value, fill = base.meta["val"], _fill_of(base)
+    value, fill = base.meta["val"], semantics.fill_of(base)
     form = {"dtype": value.dtype, "device": value.device}
     marked = rewrite.call(graph, aten.full.default, [], number, **form)
     # A constant of its own: that of the graph may be made only behind the first reader of another scatter.
