@@ -47,20 +47,24 @@ class Binary:
     """A launch with the binary that Triton launched for it."""
 
     def __init__(self, launch: Launch, compiled: Any, written: Sequence[Output]) -> None:
-        self._launch = compiled[launch.whole_grid]
+        self._grid, self._compiled = launch.whole_grid, compiled
         values = [launch.args[name] for name in launch.kernel.arg_names]
         self._values = [None if isinstance(value, (Operand, Output)) else value for value in values]
         self._read = [(at, value.handle) for at, value in enumerate(values) if isinstance(value, Operand)]
         self._written = [(at, written.index(value)) for at, value in enumerate(values) if isinstance(value, Output)]
 
-    def __call__(self, args: Sequence[Any], tensors: Sequence[torch.Tensor]) -> None:
+    def __call__(self, args: Sequence[Any], tensors: Sequence[torch.Tensor], stream: int) -> None:
         """Launch on the tensors among the arguments of the op and on those that were allocated for it."""
-        values = self._values.copy()
+        values, compiled = self._values.copy(), self._compiled
         for at, place in self._read:
             values[at] = args[place]
         for at, place in self._written:
             values[at] = tensors[place]
-        self._launch(*values)
+        if watched():
+            compiled[self._grid](*values)
+            return
+        # Without what Triton gathers for hooks, whether there are any or not.
+        compiled.run(*self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
 
 
 def launcher(fake: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
@@ -140,14 +144,28 @@ def _run(call: Prepared, args: tuple[Any, ...]) -> Any:
         tensors = [_empty(output, device) for output in program.written]
         aligned = not any(tensor.data_ptr() % ALIGNMENT for tensor in (*given, *tensors))
         if aligned and call.binaries:
+            stream = torch._C._cuda_getCurrentRawStream(device.index)
             for binary in call.binaries:
-                binary(args, tensors)
+                binary(args, tensors, stream)
         else:
             compiled = run(program, dict(zip(program.written, tensors)), args)
             # AMD's binaries depend on the number of bytes behind a pointer as well.
             if aligned and None not in compiled and torch.version.hip is None:
                 call.binaries = [Binary(*pair, program.written) for pair in zip(program.launches, compiled)]
     return tensors[0] if call.alone else tuple(tensors[: len(program.outputs)]) or None
+
+
+def watched() -> bool:
+    """Do hooks, such as a profiler's, want to know of Triton's launches?"""
+    knobs = _knobs()
+    return any(getattr(hook, "calls", hook) for hook in (knobs.launch_enter_hook, knobs.launch_exit_hook))
+
+
+@functools.cache
+def _knobs() -> Any:
+    from triton import knobs
+
+    return knobs.runtime
 
 
 def _empty(output: Output, device: torch.device) -> torch.Tensor:

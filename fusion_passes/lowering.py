@@ -21,8 +21,9 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-from torch._inductor import config, ir
+from torch._inductor import ir
 from torch._inductor import lowering as inductor
+from torch._inductor.utils import convert_shape_to_inductor
 from torch._inductor.virtualized import V
 
 from fusion_passes import arch as architectures
@@ -68,6 +69,9 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 LIBRARY = torch.library.Library("fusion_passes", "FRAGMENT")
+
+# Readers of a result as another shape, which their own metadata says.
+_RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
 
 _inlining: contextvars.ContextVar[bool] = contextvars.ContextVar("inlining", default=True)
 
@@ -145,8 +149,7 @@ def inline(op: torch._ops.OpOverload, plan: Plan) -> None:
         if device is None or device.type != "cuda" or not inlining_enabled():
             return fallback(*args)
         _check_in_place(op, args)
-        replayed = bool(config.triton.cudagraphs)
-        target = Target(architectures.of_device(device), _hint, inlined=True, replayed=replayed)
+        target = Target(architectures.of_device(device), _hint, inlined=True)
         try:
             _refuse_symbolic(args)
             with tuning.overriding(**tuning.split_ops(_launch_setting())):
@@ -228,7 +231,7 @@ def _with_config(kernel: Any, num_warps: int, num_stages: int) -> Any:
 
 
 class _KernelLaunch(ir.UserDefinedTritonKernel):
-    """A kernel that may take part in programmatic dependent launch.
+    """A kernel that is launched by the short way, and may take part in programmatic dependent launch.
 
     Inductor's analysis of what a kernel writes gives up at the instructions for it, and takes all inputs for written:
     it is shown the kernel without them. It compiles and launches kernels dependently whose `triton_meta` asks for it,
@@ -241,27 +244,42 @@ class _KernelLaunch(ir.UserDefinedTritonKernel):
         self.kwargs.update(dependent)
 
     def codegen(self, wrapper: Any) -> None:
-        if not self.kwargs.get("PDL"):
+        if V.graph.cpp_wrapper and not self.kwargs.get("PDL"):
             super().codegen(wrapper)
             return
         define = wrapper.define_kernel
 
-        def dependent(name: str, body: str, *rest: Any, **named: Any) -> None:
-            define(name, body.replace("triton_meta={", "triton_meta={'launch_pdl': True, ", 1), *rest, **named)
+        def ours(name: str, body: str, *rest: Any, **named: Any) -> None:
+            if self.kwargs.get("PDL"):
+                body = body.replace("triton_meta={", "triton_meta={'launch_pdl': True, ", 1)
+            if not V.graph.cpp_wrapper:
+                wrapper.imports.splice(STRAIGHT)
+                body = f"straight({body})"
+            define(name, body, *rest, **named)
 
-        wrapper.define_kernel = dependent
+        wrapper.define_kernel = ours
         try:
             super().codegen(wrapper)
         finally:
             del wrapper.define_kernel
 
 
+# A wrapper that was saved by itself runs where this package is not installed.
+STRAIGHT = """
+try:
+    from fusion_passes.launching import straight
+except ImportError:
+    def straight(kernel):
+        return kernel
+"""
+
+
 def _emit(program: Program, device: torch.device) -> Any:
     """Allocate what the launches write and put them into the graph."""
     tensors: dict[Output, ir.TensorBox] = {}
     for output in program.written:
-        shape, strides = list(output.shape), list(output.strides)
-        tensors[output] = inductor.empty_strided(shape, strides, dtype=output.dtype, device=device)
+        shape, strides = _as_read(program, output)
+        tensors[output] = inductor.empty_strided(list(shape), list(strides), dtype=output.dtype, device=device)
         tensors[output].realize()
     for launch in program.launches:
         _KernelLaunch(
@@ -272,3 +290,25 @@ def _emit(program: Program, device: torch.device) -> Any:
         )
     outputs = [tensors[output] for output in program.outputs]
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def _as_read(program: Program, output: Output) -> tuple[Sequence[Size], Sequence[Size]]:
+    """The shape and strides to allocate: for a result that is read as another shape alone, those of that.
+
+    A view costs the wrapper about as much as an allocation.
+    """
+    if output in program.outputs and tuple(output.strides) == contiguous_strides(output.shape):
+        readers, shape = _readers(program.outputs.index(output) if len(program.outputs) > 1 else None), output.shape
+        while len(readers) == 1 and readers[0].target in _RESHAPES:
+            shape = tuple(convert_shape_to_inductor(readers[0].meta["val"].shape))
+            readers = list(readers[0].users)
+        return shape, contiguous_strides(shape)
+    return output.shape, output.strides
+
+
+def _readers(place: int | None) -> list[torch.fx.Node]:
+    """Who reads the result of the node that is lowered; of several results that at `place`."""
+    users = list(getattr(V.get_current_node(), "users", ()))
+    if place is None:
+        return users
+    return [reader for item in users if item.args[1:] == (place,) for reader in item.users]

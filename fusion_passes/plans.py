@@ -21,10 +21,6 @@ from fusion_passes.arch import Architecture
 Size = Any
 
 
-# Bytes that a kernel moves in about 20 us: the host has launched the next one by then.
-LONG = 80 << 20
-
-
 class NotInlinable(Exception):
     """A plan raises this in a lowering to keep the op opaque; the message says why."""
 
@@ -142,22 +138,11 @@ class Target:
         arch: the GPU.
         hint: a guess at a size that is symbolic.
         inlined: whether the launches go into a compiled graph.
-        replayed: whether that is recorded into CUDA graphs, in which a launch costs the host nothing.
     """
 
     arch: Architecture
     hint: Callable[[Size], int]
     inlined: bool = False
-    replayed: bool = False
-
-    def single_pdl(self, moved: int) -> bool:
-        """Programmatic dependent launch for an op that takes the place of one kernel and moves so many bytes.
-
-        It saves the GPU 0.4 to 1 us and costs the host 2 to 4 us (H200, torch 2.11): in a compiled graph whose
-        launches are not replayed an op that is shorter than its launch would have a longer wall time than what it
-        replaces. Ops that save launches take `arch.pdl`.
-        """
-        return self.arch.pdl and (self.replayed or not self.inlined or moved >= LONG)
 
 
 Plan = Callable[..., Launch | Program]

@@ -215,7 +215,7 @@ def plan(
         "PAD_GATE": pad_gate, "VARLEN": 0 if cu_seqlens is None else 1 if chunk_indices is None else 2,
         "G": groups, "R": per_group, "K": channels,
         "CHUNK": chunk_size, "ROWS": use["rows"], "LANES": use["lanes"], "SERIAL": bool(use["serial"]), "SEARCH": 128,
-        "PDL": target.single_pdl(elements * (raw.dtype.itemsize + 4)),
+        "PDL": target.arch.pdl,
     }  # fmt: skip
     return Launch(gate_cumsum_kernel, (lane_blocks * slots,), args, use["warps"])
 

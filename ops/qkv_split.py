@@ -182,7 +182,7 @@ def plan(
         args: dict[str, Any] = {
             "x_ptr": x, **_numbers(target, x, tokens, strides), "START": sum(widths[:first]),
             "HEAD_MAJOR": head_major, "ROWS": use["rows"], "LANES": use["lanes"], "VECTOR": vector,
-            "TRANSPOSED": transposed, "PDL": target.single_pdl(2 * elements * x.dtype.itemsize),
+            "TRANSPOSED": transposed, "PDL": target.arch.pdl,
         }  # fmt: skip
         for slot in range(MOST_WINDOWS):
             window = first + slot

@@ -74,7 +74,7 @@ def plan(target: Target, pairs: Operand, cos: Operand, sin: Operand, inverse: bo
     args: dict[str, Any] = {"x_ptr": pairs, "cos_ptr": cos, "sin_ptr": sin}
     args |= {"x_offset": pairs.offset, "cos_offset": cos.offset, "sin_offset": sin.offset}
     args |= {"rows": rows, "size_b": b, "size_c": c, "N": width, "INVERSE": inverse, "ROWS": block, "LANES": lanes}
-    args["PDL"] = target.single_pdl(target.hint(rows) * width * 4 * pairs.dtype.itemsize)
+    args["PDL"] = target.arch.pdl
     for name, operand in (("x", pairs), ("cos", cos), ("sin", sin)):
         *outer, pair, lane = operand.used_strides
         args |= dict(zip((f"{name}_a", f"{name}_b", f"{name}_c"), outer))

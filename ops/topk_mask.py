@@ -139,7 +139,6 @@ def plan(target: Target, scores: Operand, k: int, largest: bool) -> Launch:
     block = block_of(length)
     use = parameters_for(target.arch, scores.dtype, length)
     one_stride = len(axes) < 2
-    moved = target.hint(batch) * target.hint(rows) * length * (scores.dtype.itemsize + 1)
     args: dict[str, Any] = {
         "x_ptr": scores.whole(),
         "out_ptr": Output(scores.shape, contiguous_strides(scores.shape), torch.bool),
@@ -148,7 +147,7 @@ def plan(target: Target, scores: Operand, k: int, largest: bool) -> Launch:
         **constant_or_argument(target, "ROWS", "row_count", 0 if one_stride else rows, always=one_stride),
         **constant_or_argument(target, "X_B", "x_stride_b", stride_b, always=one_stride),
         **constant_or_argument(target, "X_R", "x_stride_r", stride_r, always=static(stride_r) == 0),
-        "LARGEST": largest, "BLOCK": block, "PDL": target.single_pdl(moved),
+        "LARGEST": largest, "BLOCK": block, "PDL": target.arch.pdl,
     }  # fmt: skip
     return Launch(topk_mask_kernel, (batch * rows,), args, use["warps"])
 

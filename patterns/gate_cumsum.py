@@ -343,7 +343,8 @@ def _in_frame(graph: Graph, out: Node, layout: str, axes: Axes, memory: list[int
     """View the op's result, which lies in memory order, as the shape and axis order of the frame."""
     single = {"n": axes.chunk, "c": axes.time, "b": axes.batch, "h": axes.head, "k": axes.channel}
     idle = [axis for axis in range(len(shape)) if axis not in memory]
-    ordered = idle + memory
+    # A reshape alone, where the axes lie in order: what it gives is then written to memory as it is.
+    ordered = sorted(idle + memory) if memory == sorted(memory) else idle + memory
     lengths: list[int | Node] = []
     for axis in ordered:
         length = shape[axis]

@@ -107,3 +107,34 @@ def test_only_the_output_counts_as_written(monkeypatch: pytest.MonkeyPatch) -> N
     written = fake_cuda.written_arguments(monkeypatch)
     fake_cuda.wrapper_code(layer, arguments())
     assert written == [["out_ptr"]]
+
+
+@pytest.mark.parametrize("dynamic", [(), (0,)])
+def test_a_result_lies_as_its_reader_sees_it(dynamic: tuple[int, ...]) -> None:
+    """Where a view is all that reads a result, no view is made; the second of two readers sees one."""
+    aten = torch.ops.aten
+
+    def sums(raw: torch.Tensor, a_log: torch.Tensor) -> torch.Tensor:
+        chunks = raw.shape[1] // 64
+        return OP(raw, a_log, None, chunks, 64, None, 1.0, 1.0, 20.0, False, "bnchk", None, None)
+
+    def once(raw: torch.Tensor, a_log: torch.Tensor) -> torch.Tensor:
+        return aten.view.default(aten.reshape.default(sums(raw, a_log), (-1, 4, 64)), (1, -1, 256))
+
+    def twice(raw: torch.Tensor, a_log: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = sums(raw, a_log)
+        return aten.view.default(found, (-1, 64)), aten.view.default(found, (1, -1, 256))
+
+    inputs = [torch.randn(1, 512, 1, 4, 64).bfloat16(), torch.randn(1, 4, 64)]
+    code = fake_cuda.wrapper_code(once, inputs, dynamic=dynamic)
+    (buffer,) = allocated(code)
+    assert re.search(r"\(\(1, .+, 256\), \(", buffer) and "reinterpret_tensor(" not in code[code.index("def call(") :]
+    code = fake_cuda.wrapper_code(twice, inputs, dynamic=dynamic)
+    assert re.search(r"64, 4, 64\), \(", allocated(code)[0]) and code.count("reinterpret_tensor(buf") == 2
+
+
+def test_kernels_learn_the_short_way() -> None:
+    code = fake_cuda.wrapper_code(layer, arguments())
+    assert "gate_cumsum_kernel_0 = straight(async_compile.triton('gate_cumsum_kernel', '''" in code
+    # Inductor's own are its business, and the wrapper runs without this package.
+    assert code.count("straight(async_compile.triton(") == 1 and code.count("except ImportError:") == 1

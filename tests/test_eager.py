@@ -23,6 +23,7 @@ class Kernel:
     def __init__(self) -> None:
         self.launched: list[tuple[Any, dict[str, Any]]] = []
         self.direct: list[Any] = []
+        self.watched: list[Any] = []
 
     def __getitem__(self, grid: Any) -> Any:
         def launch(*, x: Tensor, out: Tensor, factor: float, PDL: bool, **options: Any) -> Binary:
@@ -39,13 +40,17 @@ class Binary:
     def __init__(self, kernel: Kernel, *constants: Any) -> None:
         self.kernel, self.constants = kernel, constants
 
-    def __getitem__(self, grid: Any) -> Any:
-        def launch(out: Tensor, x: Tensor, *constants: Any) -> None:
-            assert constants == self.constants
-            self.kernel.direct.append(grid)
-            out.copy_(x * constants[0] if constants[0] else x + 1)
+    function, packed_metadata = 99, (4, 1, 0)
 
-        return launch
+    def run(self, *args: Any) -> None:
+        *launch, out, x, factor, dependent = args
+        assert launch[3:] == [7, 99, (4, 1, 0), None, None, None] and (factor, dependent) == self.constants
+        self.kernel.direct.append(tuple(launch[:3]))
+        out.copy_(x * factor if factor else x + 1)
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.kernel.watched.append(grid)
+        return lambda *args: self.run(*grid, 7, 99, (4, 1, 0), None, None, None, *args)
 
 
 class Op:
@@ -73,6 +78,7 @@ class Op:
 @pytest.fixture
 def op(monkeypatch: pytest.MonkeyPatch) -> Op:
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
     monkeypatch.setattr("fusion_passes.arch.of_device", lambda device: arch.by_name("sm_90"))
     return Op()
 
@@ -93,6 +99,19 @@ def test_binaries_are_for_aligned_tensors(op: Op) -> None:
     for x, launched, direct in ((shifted, 2, 0), (aligned, 4, 0), (shifted, 6, 0), (aligned, 6, 2), (shifted, 8, 2)):
         assert torch.equal(op.call(x, 2.0, [1]), x * 2 + 1)
         assert (len(op.kernel.launched), len(op.kernel.direct)) == (launched, direct)
+
+
+def test_hooks_of_triton_hear_of_binaries_too(op: Op) -> None:
+    knobs = pytest.importorskip("triton.knobs")
+    for watching, watched in ((False, 0), (False, 0), (True, 2), (False, 2)):
+        hook = knobs.runtime.launch_exit_hook
+        hook.add(print) if watching else hook.remove(print)
+        try:
+            assert torch.equal(op.call(torch.ones(3, 4), 2.0, [1]), torch.full((3, 4), 3.0))
+        finally:
+            hook.remove(print)
+        assert len(op.kernel.watched) == watched
+    assert len(op.kernel.direct) == 6
 
 
 def test_what_the_plan_writes_is_what_the_op_returns(op: Op) -> None:

@@ -28,18 +28,20 @@ pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize(
-    ("model", "split", "sites", "heads"),
+    ("model", "split", "tokens", "sites", "heads"),
     [
-        ("kimi_linear", "heads", {"chunk_delta_rule": 1}, "1 key and 1 value heads"),
-        ("kimi_linear", "parameters", {"chunk_delta_rule": 1}, "2 key and 2 value heads"),
-        ("deepseek_v32", "heads", {"head_gate": 2, "index_score": 2}, "8 heads"),
+        ("kimi_linear", "heads", 64, {"chunk_delta_rule": 1}, "1 key and 1 value heads"),
+        ("kimi_linear", "parameters", 64, {"chunk_delta_rule": 1}, "2 key and 2 value heads"),
+        ("deepseek_v32", "heads", 128, {"head_gate": 2, "index_score": 2}, "8 heads"),
     ],
 )
-def test_models_of_two_ranks(model: str, split: str, sites: dict[str, int], heads: str, tmp_path: Path) -> None:
+def test_models_of_two_ranks(
+    model: str, split: str, tokens: int, sites: dict[str, int], heads: str, tmp_path: Path
+) -> None:
     """Linear attention has half of its heads on a rank, the indexer of sparse attention all of them."""
     path = tmp_path / "found.json"
-    command = [sys.executable, str(EXAMPLE), "--model", model, "--split", split, "--tokens", "64", "--without-stock"]
-    command += ["--json", str(path)]
+    command = [sys.executable, str(EXAMPLE), "--model", model, "--split", split, "--tokens", str(tokens)]
+    command += ["--without-stock", "--json", str(path)]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, **WITHOUT_MULTICAST, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)

@@ -227,10 +227,32 @@ torch._inductor.aoti_load_package(sys.argv[1])(torch.ones(8, device="cuda"))
 
 
 @pytest.fixture
-def packages_can_be_built(tmp_path: Path) -> None:
-    """Skips where AOTInductor's package of nothing cannot be built, or where a process that loads it dies."""
-    if shutil.which("g++") is None:
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A g++ that links the C++ library as it is shared by all.
+
+    One that finds nothing but the archive copies it into the package, and the two libraries then in the process take
+    each other's locales for their own: loading any package dies.
+    """
+    found = shutil.which("g++")
+    if found is None:
         pytest.skip("AOTInductor needs g++")
+
+    def place(name: str) -> Path:
+        asked = subprocess.run([str(found), f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        return Path(asked.stdout.strip())
+
+    if not place("libstdc++.so").is_absolute():
+        folder = tmp_path / "compiler"
+        folder.mkdir()
+        (folder / "libstdc++.so").symlink_to(place("libstdc++.so.6"))
+        (folder / "g++").write_text(f'#!/bin/sh\nexec {found} -L{folder} "$@"\n')
+        (folder / "g++").chmod(0o755)
+        monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(folder / "g++")))
+
+
+@pytest.fixture
+def packages_can_be_built(tmp_path: Path, compiler: None) -> None:
+    """Skips where AOTInductor's package of nothing cannot be built, or where a process that loads it dies."""
     program = torch.export.export(torch.nn.Identity(), (torch.ones(8, device=DEVICE),))
     try:
         path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "nothing.pt2"))
