@@ -22,8 +22,6 @@ from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch.autograd import profiler
 from torch.utils._debug_mode import get_active_debug_mode
 
-from fusion_passes.eager import watched
-
 log = logging.getLogger(__name__)
 
 
@@ -93,14 +91,23 @@ class StraightAutotuner(CachingAutotuner):
         return self._written(f"launch(function, {{grid}}, warps, shared, types, ({passed},), stream)", scope)
 
     def _dependent(self) -> Callable[..., None]:
-        """Triton's launcher without the data for hooks that are not there."""
+        """Triton's launcher without the data for hooks that are not there, and with addresses.
+
+        It asks the driver whether it can reach a tensor that it is given; a compiled graph has those of its GPU alone.
+        """
+        from triton import knobs
+
         (result,), made = self.compile_results, self.launchers[0].__globals__
-        fn, signature = result.kernel.src.fn, result.kernel.src.signature
-        # Triton's launcher takes constants as well, and does not look at them.
-        passed = ", ".join("None" if signature[name] == "constexpr" else name for name in fn.arg_names)
-        scope = {**{name: made[name] for name in ("runner", "function", "metadata")}, "watched": watched}
-        call = f"runner({{grid}}, stream, function, metadata, None, None, None, {passed})"
-        return self._written(call, scope, watching=" or watched()")
+        fn, types = result.kernel.src.fn, result.kernel.src.signature
+
+        def passed(name: str) -> str:
+            # Constants are taken as well, and are not looked at.
+            return "None" if types[name] == "constexpr" else f"{name}.data_ptr()" if types[name][0] == "*" else name
+
+        scope = {name: made[name] for name in ("runner", "function", "metadata")}
+        scope |= {"entering": knobs.runtime.launch_enter_hook.calls, "leaving": knobs.runtime.launch_exit_hook.calls}
+        call = f"runner({{grid}}, stream, function, metadata, None, None, None, {', '.join(map(passed, fn.arg_names))})"
+        return self._written(call, scope, watching=" or entering or leaving")
 
     def _written(self, call: str, scope: dict[str, Any], watching: str = "") -> Callable[..., None]:
         """A function that takes what the wrapper passes and makes the call, or `run`'s own where somebody watches."""

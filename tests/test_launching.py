@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from torch._inductor.runtime import triton_heuristics
 from torch._inductor.runtime.static_triton_launcher import StaticallyLaunchedCudaKernel
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner, CompileResult, FixedGrid
@@ -24,7 +25,7 @@ NAMES = ["x_ptr", "none_ptr", "out_ptr", "rows", "one", "BLOCK"]
 SIGNATURE = {"x_ptr": "*bf16", "none_ptr": "constexpr", "out_ptr": "*fp32", "rows": "i32", "one": "constexpr",
              "BLOCK": "constexpr"}  # fmt: skip
 # What a wrapper passes: constants of the signature as placeholders, declared ones not at all, then the grid.
-PASSED = ("x", -1, "out", 7, 1, 30, 20, 10)
+PASSED = (torch.zeros(1), -1, torch.zeros(2), 7, 1, 30, 20, 10)
 
 
 class Recorder:
@@ -99,7 +100,7 @@ def calls(kernel: Any, end: Recorder, times: int) -> list[tuple[Any, ...]]:
 def test_the_driver_is_called_as_inductor_calls_it(static: tuple[Any, Recorder], monkeypatch: Any) -> None:
     kernel, end = static
     (wanted,) = calls(kernel, end, 1)
-    assert wanted == (99, 30, 20, 10, 4, 512, "OOiOO", ("x", "out", 7, None, None), 5)
+    assert wanted == (99, 30, 20, 10, 4, 512, "OOiOO", (PASSED[0], PASSED[2], 7, None, None), 5)
     assert calls(straight(kernel), end, 3) == [wanted] * 3
     if hasattr(CachingAutotuner, "_build_fast_launcher"):
         assert kernel._short_way() is None  # torch has its own
@@ -118,7 +119,8 @@ def test_a_dependent_launch_gathers_nothing_for_hooks(dependent: tuple[Any, Reco
     first, *others = calls(straight(kernel), end, 3)
     assert first[6] is not None
     # Constants do not count: Triton compiled them in.
-    real = [value if SIGNATURE[name] != "constexpr" else None for name, value in zip(NAMES, args)]
+    assert args[:1] + args[2:4] == [PASSED[0], PASSED[2], 7]
+    real = [PASSED[0].data_ptr(), None, PASSED[2].data_ptr(), 7, None, None]
     assert others == [(30, 20, 10, 5, 99, (4, 1, 512), None, None, None, *real)] * 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -228,26 +229,18 @@ torch._inductor.aoti_load_package(sys.argv[1])(torch.ones(8, device="cuda"))
 
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A g++ that links the C++ library as it is shared by all.
+    """A C++ compiler that links the C++ library as it is shared by all.
 
-    One that finds nothing but the archive copies it into the package, and the two libraries then in the process take
-    each other's locales for their own: loading any package dies.
+    One that copies it into what it links makes packages that cannot be loaded: the two libraries in the process take
+    each other's locales for their own.
     """
-    found = shutil.which("g++")
-    if found is None:
-        pytest.skip("AOTInductor needs g++")
-
-    def place(name: str) -> Path:
-        asked = subprocess.run([str(found), f"-print-file-name={name}"], capture_output=True, text=True, check=True)
-        return Path(asked.stdout.strip())
-
-    if not place("libstdc++.so").is_absolute():
-        folder = tmp_path / "compiler"
-        folder.mkdir()
-        (folder / "libstdc++.so").symlink_to(place("libstdc++.so.6"))
-        (folder / "g++").write_text(f'#!/bin/sh\nexec {found} -L{folder} "$@"\n')
-        (folder / "g++").chmod(0o755)
-        monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(folder / "g++")))
+    library, program = tmp_path / "linked.so", "#include <iostream>\nvoid say() { std::cout << 1; }\n"
+    for candidate in filter(None, (os.environ.get("CXX"), shutil.which("g++"))):
+        link = [candidate, "-x", "c++", "-", "-shared", "-fPIC", "-o", str(library)]
+        if subprocess.run(link, input=program, text=True).returncode == 0 and b"libstdc++.so" in library.read_bytes():
+            monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, candidate))
+            return
+    pytest.skip("AOTInductor needs a C++ compiler that links libstdc++ dynamically")
 
 
 @pytest.fixture
