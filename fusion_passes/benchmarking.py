@@ -207,17 +207,19 @@ def replay_us(graph: torch.cuda.CUDAGraph) -> float:
     return begin.elapsed_time(end) * 1e3
 
 
-def wall_us(call: Call, sets: Sequence[tuple[Any, ...]], *, calls: int = 50, rounds: int = 5) -> float:
-    """Wall time per call without a graph: launch overhead or GPU time, whichever is longer; median of rounds."""
-    return wall_us_together({"": call}, sets, calls=calls, rounds=rounds)[""]
-
-
 def wall_us_together(
-    functions: Mapping[str, Call], sets: Sequence[tuple[Any, ...]], *, calls: int = 50, rounds: int = 5
-) -> dict[str, float]:
-    """`wall_us` of several callables in turns."""
+    functions: Mapping[str, Call], sets: Sequence[tuple[Any, ...]], *, calls: int = 50, rounds: int = 5,
+    budget_s: float = 0.25,
+) -> dict[str, float]:  # fmt: skip
+    """Wall time per call without a graph: launch overhead or GPU time, whichever is longer; medians of rounds in turns.
+
+    There are more rounds than `rounds` while `budget_s` seconds for each callable are not over: other work on the host
+    comes in bursts that outlast a few short ones.
+    """
     taken: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
+    deadline, done = time.perf_counter() + budget_s * len(functions), 0
+    while done < rounds or time.perf_counter() < deadline:
+        done += 1
         for name, function in functions.items():
             synchronize()
             start = time.perf_counter()

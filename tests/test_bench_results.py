@@ -93,6 +93,15 @@ def test_committed_results_say_where_they_are_from(path: Path) -> None:
         assert one.model or one.floor_us == pytest.approx(1e6 * max(one.bytes / 4.25e12, one.flops / 7.86e14), abs=0.01)
 
 
+@pytest.mark.skipif(not COMMITTED, reason="needs a checkout")
+def test_no_committed_case_is_slower_on_the_gpu() -> None:
+    rows = [one for path in COMMITTED for one in results.read(path).rows]
+    compared = [one for one in rows if {"fused", "bound"} & one.entries.keys() and "stock" in one.entries]
+    assert len(compared) > 80
+    # Bursts of other work on the host show in single wall times; the README names those.
+    assert [text for text in verdicts.failures(rows) if "wall time" not in text] == []
+
+
 # --- verdicts --------------------------------------------------------------------------------------------------------
 
 

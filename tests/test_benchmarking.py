@@ -91,8 +91,10 @@ def test_results_of_another_kind_are_errors() -> None:
 def test_callables_are_timed_in_turns() -> None:
     order: list[str] = []
     functions = {name: lambda x, name=name: order.append(name) for name in "ab"}
-    walls = benchmarking.wall_us_together(functions, [(0,), (1,)], calls=2, rounds=2)
+    walls = benchmarking.wall_us_together(functions, [(0,), (1,)], calls=2, rounds=2, budget_s=0)
     assert "".join(order) == "aabbaabb" and all(wall > 0 for wall in walls.values())
+    benchmarking.wall_us_together(functions, [(0,), (1,)], calls=2, rounds=2, budget_s=0.005)
+    assert len(order) > 16
 
 
 def test_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
