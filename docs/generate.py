@@ -234,7 +234,7 @@ def _cases_of(name: str, op: str | None, rows: list[Mapping[str, object]]) -> st
     models = [row for row in rows if row.get("model") and name in _sites(row)]
     found = [f"{len(own)} cases of the op"] if own else []
     if models:
-        found.append(f"whole models ({', '.join(str(row['group']) for row in models)})")
+        found.append(f"whole models ({', '.join(dict.fromkeys(str(row['group']) for row in models))})")
     return " and ".join(found)
 
 

@@ -222,14 +222,17 @@ def _pointwise() -> dict[Any, Function]:
     table[aten.div.Tensor_mode] = table[aten.div.Scalar_mode] = _div
     for name in ("logical_and", "logical_or", "logical_xor"):
         table[getattr(aten, name).default] = getattr(torch, name)
-    bitwise: dict[str, Function] = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}
-    bitwise |= {"left_shift": operator.lshift, "right_shift": operator.rshift}
-    for name, function in bitwise.items():
+    return table | _bitwise()
+
+
+def _bitwise() -> dict[Any, Function]:
+    table: dict[Any, Function] = {}
+    for name, function in {"and": operator.and_, "or": operator.or_, "xor": operator.xor}.items():
         packet = getattr(aten, f"bitwise_{name}")
-        table[packet.Tensor] = function
-        table[packet.Tensor_Scalar if name.endswith("shift") else packet.Scalar] = function
-    for name in ("and", "or", "xor"):
-        table[getattr(prims, f"bitwise_{name}").default] = bitwise[name]
+        table |= dict.fromkeys((packet.Tensor, packet.Scalar, getattr(prims, f"bitwise_{name}").default), function)
+    for name, function in {"left_shift": operator.lshift, "right_shift": operator.rshift}.items():
+        packet = getattr(aten, f"bitwise_{name}")
+        table |= dict.fromkeys((packet.Tensor, packet.Tensor_Scalar), function)
     return table
 
 

@@ -259,6 +259,41 @@ def _middle(o_i, half):
     return (o_i | (2 * half - 1)) - half
 
 
+@triton.jit
+def _survey(
+    p_k, p_q, p_sums, o_i, b_token, b_valid, k_stride_t, q_stride_t, sums_stride_n, sums_stride_c,
+    PAIRS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Squares of keys and of queries, their products in the same row, and the number of block sizes that are needed.
+
+    Where sums are near those of the middle of a block, all pairs of that block are right at once.
+    """
+    b_squares = tl.zeros([TILE], tl.float32)
+    b_qq = tl.zeros([TILE], tl.float32)
+    b_diagonal = tl.zeros([TILE], tl.float32)
+    far_whole = tl.full([TILE], 0.0, tl.float32)
+    far_half = tl.full([TILE], 0.0, tl.float32)
+    for start in tl.static_range(0, K, BK):
+        o_k = start + tl.arange(0, BK)
+        b_key = _load_rows(p_k, o_i, o_k, b_token, k_stride_t, K, BK)
+        b_key = b_key.to(tl.float32)
+        b_squares += tl.sum(b_key * b_key, axis=1)
+        b_sums = _load_sums(p_sums, o_i, o_k, b_valid, sums_stride_n, sums_stride_c, K, BK, C)
+        b_middle = _load_sums(p_sums, _middle(o_i, C // 2), o_k, b_valid, sums_stride_n, sums_stride_c, K, BK, C)
+        far_whole = tl.maximum(far_whole, tl.max(tl.abs(b_sums - b_middle), axis=1))
+        b_middle = _load_sums(p_sums, _middle(o_i, C // 4), o_k, b_valid, sums_stride_n, sums_stride_c, K, BK, C)
+        far_half = tl.maximum(far_half, tl.max(tl.abs(b_sums - b_middle), axis=1))
+        if PAIRS:
+            b_query = _load_rows(p_q, o_i, o_k, b_token, q_stride_t, K, BK)
+            b_query = b_query.to(tl.float32)
+            b_qq += tl.sum(b_query * b_query, axis=1)
+            b_diagonal += tl.sum(b_query * b_key, axis=1)
+    ALL: tl.constexpr = 6 if C == 64 else 5 if C == 32 else 4
+    levels = tl.where(tl.max(far_half, axis=0) * LOG2E <= -INVERTIBLE, 2, ALL)
+    levels = tl.where(tl.max(far_whole, axis=0) * LOG2E <= -INVERTIBLE, 1, levels)
+    return b_squares, b_qq, b_diagonal, levels
+
+
 @triton.jit(do_not_specialize=["tokens", "chunks"])
 def delta_rule_intra_per_channel_kernel(
     k_ptr, v_ptr, sums_ptr, beta_ptr, q_ptr, u_ptr, w_ptr, pairs_ptr,
@@ -289,36 +324,17 @@ def delta_rule_intra_per_channel_kernel(
     if pairs_ptr is not None:
         p_q = q_ptr + q_offset + row * q_stride_b + first * q_stride_t + key_head * q_stride_h
 
-    # Norms, the diagonal of q k^T, and how far sums are from those of the middle of two block sizes.
-    b_squares = tl.zeros([TILE], tl.float32)
-    b_qq = tl.zeros([TILE], tl.float32)
-    b_diagonal = tl.zeros([TILE], tl.float32)
-    far_whole = tl.full([TILE], 0.0, tl.float32)
-    far_half = tl.full([TILE], 0.0, tl.float32)
-    for start in tl.static_range(0, K, BK):
-        o_k = start + tl.arange(0, BK)
-        b_key = _load_rows(p_k, o_i, o_k, b_token, k_stride_t, K, BK)
-        b_key = b_key.to(tl.float32)
-        b_squares += tl.sum(b_key * b_key, axis=1)
-        b_sums = _load_sums(p_sums, o_i, o_k, b_valid, sums_stride_n, sums_stride_c, K, BK, C)
-        b_middle = _load_sums(p_sums, _middle(o_i, C // 2), o_k, b_valid, sums_stride_n, sums_stride_c, K, BK, C)
-        far_whole = tl.maximum(far_whole, tl.max(tl.abs(b_sums - b_middle), axis=1))
-        b_middle = _load_sums(p_sums, _middle(o_i, C // 4), o_k, b_valid, sums_stride_n, sums_stride_c, K, BK, C)
-        far_half = tl.maximum(far_half, tl.max(tl.abs(b_sums - b_middle), axis=1))
-        if pairs_ptr is not None:
-            b_query = _load_rows(p_q, o_i, o_k, b_token, q_stride_t, K, BK)
-            b_query = b_query.to(tl.float32)
-            b_qq += tl.sum(b_query * b_query, axis=1)
-            b_diagonal += tl.sum(b_query * b_key, axis=1)
+    b_squares, b_qq, b_diagonal, levels = _survey(
+        p_k, p_q, p_sums, o_i, b_token, b_valid, k_stride_t, q_stride_t, sums_stride_n, sums_stride_c,
+        pairs_ptr is not None, K, BK, C,
+    )  # fmt: skip
     b_rk = tl.full([TILE], 1.0, tl.float32)
     b_rq = tl.full([TILE], SCALE, tl.float32)
     if NORM:
         b_rk = tl.rsqrt(b_squares + EPS)
         b_rq *= tl.rsqrt(b_qq + EPS)
-    ALL: tl.constexpr = 6 if C == 64 else 5 if C == 32 else 4
-    levels = tl.where(tl.max(far_half, axis=0) * LOG2E <= -INVERTIBLE, 2, ALL)
-    levels = tl.where(tl.max(far_whole, axis=0) * LOG2E <= -INVERTIBLE, 1, levels)
 
+    ALL: tl.constexpr = 6 if C == 64 else 5 if C == 32 else 4
     b_kk = tl.zeros([TILE, TILE], tl.float32)
     b_qk = tl.zeros([TILE, TILE], tl.float32)
     for level in tl.range(0, levels, num_stages=1):

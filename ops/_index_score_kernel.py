@@ -126,6 +126,36 @@ def _weighted(b_dot, b_w, b_q_scale, m_head, PADDED: tl.constexpr, SCALED: tl.co
     return b_dot
 
 
+@triton.jit
+def _keys(
+    p_k, k_scale_ptr, batch, stride_b, stride_t, o_t, o_d, m_k, b_in,
+    SCALE: tl.constexpr, SCALE_AFTER: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys [KEYS, BD], and the factor of each key's scores."""
+    b_k = tl.load(p_k + o_d[None, :], mask=m_k[:, None] & (o_d < D)[None, :], other=0.0)
+    b_factor = tl.full([KEYS], SCALE, tl.float32)
+    if k_scale_ptr is not None:
+        p_k_scale = k_scale_ptr + batch * stride_b + o_t.to(tl.int64) * stride_t
+        b_k, b_k_scale = _scaled_keys(b_k, p_k_scale, b_in, SCALE_AFTER)
+        b_factor *= b_k_scale
+    return b_k, b_factor
+
+
+@triton.jit
+def _store_hidden(
+    p_out, p_mask, o_row, o_t, low, high, rows, b_in, first_row, mask_stride_s, stride_m, out_stride_s, stride_o,
+    causal_offset, fill: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The scores of a tile's queries outside of low to high, which see none of its keys: no product is needed."""
+    m_hidden = ((o_row < rows) & ((o_row < low) | (o_row >= high)))[:, None] & b_in[None, :]
+    b_hidden = tl.full([ROWS, KEYS], 0.0 if MASK == ADD else fill, tl.float32)
+    b_hidden = _hide(
+        b_hidden, p_mask, o_row, o_t, m_hidden, first_row, mask_stride_s, stride_m, causal_offset, fill, MASK
+    )
+    p_hidden = p_out + o_row[:, None].to(tl.int64) * out_stride_s + o_t[None, :].to(tl.int64) * stride_o
+    tl.store(p_hidden, b_hidden.to(p_out.dtype.element_ty), mask=m_hidden)
+
+
 # Sizes that vary from call to call must not compile the kernel anew.
 @triton.jit(do_not_specialize=["queries", "keys", "causal_offset"])
 def index_score_kernel(
@@ -182,24 +212,17 @@ def index_score_kernel(
         MASK,
     )  # fmt: skip
     if MASK != NO_MASK and ROWS != STEP:
-        # Queries that see nothing of the tile cost no product.
         if (low > 0) | (high < rows):
-            m_hidden = ((o_row < rows) & ((o_row < low) | (o_row >= high)))[:, None] & b_in[None, :]
-            b_hidden = tl.full([ROWS, KEYS], 0.0 if MASK == ADD else fill, tl.float32)
-            b_hidden = _hide(
-                b_hidden, p_mask, o_row, o_t, m_hidden, first_row, mask_stride_s, stride_m, causal_offset, fill, MASK
-            )
-            p_hidden = p_out + o_row[:, None].to(tl.int64) * out_stride_s + o_t[None, :].to(tl.int64) * stride_o
-            tl.store(p_hidden, b_hidden.to(out_ptr.dtype.element_ty), mask=m_hidden)
+            _store_hidden(
+                p_out, p_mask, o_row, o_t, low, high, rows, b_in, first_row, mask_stride_s, stride_m, out_stride_s,
+                stride_o, causal_offset, fill, MASK, KEYS, ROWS,
+            )  # fmt: skip
 
-    m_k = (o_t < tl.where(low < high, keys, 0))[:, None] & (o_d < D)[None, :]
+    m_k = o_t < tl.where(low < high, keys, 0)
     p_k = k_ptr + k_offset + batch * k_stride_b + o_t[:, None].to(tl.int64) * (K_T if K_T >= 0 else k_stride_t)
-    b_k = tl.load(p_k + o_d[None, :], mask=m_k, other=0.0)
-    b_factor = tl.full([KEYS], SCALE, tl.float32)
-    if k_scale_ptr is not None:
-        p_k_scale = k_scale_ptr + batch * k_scale_stride_b + o_t.to(tl.int64) * k_scale_stride_t
-        b_k, b_k_scale = _scaled_keys(b_k, p_k_scale, b_in, SCALE_AFTER)
-        b_factor *= b_k_scale
+    b_k, b_factor = _keys(
+        p_k, k_scale_ptr, batch, k_scale_stride_b, k_scale_stride_t, o_t, o_d, m_k, b_in, SCALE, SCALE_AFTER, KEYS, D
+    )
     p_q = q_ptr + q_offset + batch * q_stride_b
     p_q += (o_column // BH * stride_s + o_head * stride_h)[:, None] + o_d[None, :]
     p_w = w_ptr + w_offset + batch * w_stride_b
