@@ -114,6 +114,8 @@ class StraightAutotuner(CachingAutotuner):
         code = self.launchers[0].__code__
         *names, stream = code.co_varnames[: code.co_argcount]
         assert stream == "stream" and names[-3:] == ["_grid_0", "_grid_1", "_grid_2"], names
+        scope |= {"profiler": profiler, "debugged": get_active_debug_mode, "whole": super().run}
+        assert scope.keys().isdisjoint(names), f"a parameter of the kernel is called like one of {list(scope)}"
         args = ", ".join(names)
         lines = (
             f"def run({args}, *, stream):",
@@ -121,6 +123,5 @@ class StraightAutotuner(CachingAutotuner):
             f"        return whole({args}, stream=stream)",
             f"    {call.format(grid=', '.join(names[-3:]))}",
         )
-        scope |= {"profiler": profiler, "debugged": get_active_debug_mode, "whole": super().run}
         exec("\n".join(lines), scope)
         return scope["run"]

@@ -230,6 +230,14 @@ def _with_config(kernel: Any, num_warps: int, num_stages: int) -> Any:
     return triton.autotune(configs=[triton.Config({}, num_warps=num_warps, num_stages=num_stages)], key=[])(kernel)
 
 
+# A wrapper that was saved by itself runs where this package is not installed.
+STRAIGHT = """try:
+    from fusion_passes.launching import straight
+except ImportError:
+    def straight(kernel):
+        return kernel"""
+
+
 class _KernelLaunch(ir.UserDefinedTritonKernel):
     """A kernel that is launched by the short way, and may take part in programmatic dependent launch.
 
@@ -253,7 +261,7 @@ class _KernelLaunch(ir.UserDefinedTritonKernel):
             if self.kwargs.get("PDL"):
                 body = body.replace("triton_meta={", "triton_meta={'launch_pdl': True, ", 1)
             if not V.graph.cpp_wrapper:
-                wrapper.imports.splice(STRAIGHT)
+                wrapper.add_import_once(STRAIGHT)
                 body = f"straight({body})"
             define(name, body, *rest, **named)
 
@@ -262,16 +270,6 @@ class _KernelLaunch(ir.UserDefinedTritonKernel):
             super().codegen(wrapper)
         finally:
             del wrapper.define_kernel
-
-
-# A wrapper that was saved by itself runs where this package is not installed.
-STRAIGHT = """
-try:
-    from fusion_passes.launching import straight
-except ImportError:
-    def straight(kernel):
-        return kernel
-"""
 
 
 def _emit(program: Program, device: torch.device) -> Any:

@@ -156,6 +156,12 @@ def test_an_unknown_version_is_left_to_inductor(static: tuple[Any, Recorder]) ->
     assert len(calls(kernel, end, 2)) == 2
 
 
+def test_parameters_that_hide_what_is_called_are_left_to_inductor(dependent: tuple[Any, Recorder]) -> None:
+    kernel, end = dependent
+    kernel.launchers[0].__code__ = (lambda x, whole, _grid_0, _grid_1, _grid_2, stream: None).__code__
+    assert straight(kernel)._short_way() is None
+
+
 def test_futures_of_kernels_and_other_objects(static: tuple[Any, Recorder]) -> None:
     kernel, _ = static
     future: Future[Any] = Future()
