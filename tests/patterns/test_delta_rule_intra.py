@@ -177,6 +177,25 @@ def test_whole_models(name: str) -> None:
     assert relative_error(actual, run(inputs)) < 2e-2
 
 
+@pytest.mark.parametrize("name", ["kimi_linear", "qwen3_next"])
+def test_whole_models_with_a_symbolic_number_of_tokens(name: str) -> None:
+    model, inputs = hf_models.build(name, dtype=torch.bfloat16, layers=2, seq=120)
+
+    def run(ids: Tensor) -> Tensor:
+        return model(input_ids=ids, use_cache=False).last_hidden_state
+
+    chosen = {"fusions": NAME, "always_profitable": True, "strict": True, "reference_on_cpu": True}
+    rewritten = FusionPass(snapshot(chosen))
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend=tracing_backend(rewritten, run_rewritten=True), fullgraph=True)
+    for tokens in (100, 120):
+        ids = inputs["input_ids"][:, :tokens].clone()
+        torch._dynamo.mark_dynamic(ids, 1)
+        with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=tokens == 120):
+            assert relative_error(compiled(ids), run(ids)) < 2e-2
+    assert [outcome for outcome, _ in ours(rewritten.found)] == ["fused"], rewritten.found
+
+
 def test_the_whole_delta_rule_comes_first() -> None:
     f = hugging_face("qwen3_next", "torch_chunk_gated_delta_rule")
     entry = Spelling(f, tokens=40, key=64, value=64)
