@@ -252,15 +252,13 @@ class _KernelLaunch(ir.UserDefinedTritonKernel):
         self.kwargs.update(dependent)
 
     def codegen(self, wrapper: Any) -> None:
-        if V.graph.cpp_wrapper and not self.kwargs.get("PDL"):
-            super().codegen(wrapper)
-            return
         define = wrapper.define_kernel
 
         def ours(name: str, body: str, *rest: Any, **named: Any) -> None:
             if self.kwargs.get("PDL"):
                 body = body.replace("triton_meta={", "triton_meta={'launch_pdl': True, ", 1)
-            if not V.graph.cpp_wrapper:
+            # Wrappers that are no Python programs launch in ways of their own.
+            if not (V.graph.cpp_wrapper or V.graph.fx_wrapper):
                 wrapper.add_import_once(STRAIGHT)
                 body = f"straight({body})"
             define(name, body, *rest, **named)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+import types
+from typing import Any
 
 import pytest
 import torch
+from torch._inductor import ir
+from torch._inductor.virtualized import V
 
+from fusion_passes import lowering
 from fusion_passes.lowering import inlining
 from fusion_passes.ops import gate_cumsum as gate_module
 from tests.support import fake_cuda
@@ -145,3 +150,19 @@ def test_kernels_learn_the_short_way() -> None:
 
     code = fake_cuda.wrapper_code(twice, [torch.randn(1, 512, 1, 4, 64).bfloat16(), torch.randn(1, 4, 64)])
     assert code.count("straight(async_compile.triton(") == 2 and code.count("except ImportError:") == 1
+
+
+@pytest.mark.parametrize("kind", ["cpp_wrapper", "fx_wrapper"])
+def test_wrappers_that_are_no_python_programs_launch_in_their_own_way(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defined: list[str] = []
+    wrapper = types.SimpleNamespace(define_kernel=lambda name, body: defined.append(body))
+    launch = object.__new__(lowering._KernelLaunch)
+    launch.kwargs = {"PDL": True}
+    body = "async_compile.triton('k', triton_meta={})"
+    monkeypatch.setattr(ir.UserDefinedTritonKernel, "codegen", lambda self, wrapper: wrapper.define_kernel("k", body))
+    graph: Any = types.SimpleNamespace(**{"cpp_wrapper": False, "fx_wrapper": False, kind: True})
+    with V.set_graph_handler(graph):
+        launch.codegen(wrapper)
+    assert defined == ["async_compile.triton('k', triton_meta={'launch_pdl': True, })"]
