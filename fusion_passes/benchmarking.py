@@ -13,6 +13,7 @@ FLOPs alone would take on the architecture's measured rates.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +176,7 @@ def measure_together(
         except Exception as error:
             found[name] = error
     times: dict[str, list[float]] = {name: [] for name in graphs}
-    deadline, done = time.perf_counter() + budget_s * len(graphs), 0
-    while graphs and (done < repeats or (time.perf_counter() < deadline and done < 200)):
-        done += 1
+    for _ in _rounds(repeats, budget_s * len(graphs), most=200):
         for name, (graph, count) in graphs.items():
             graph.replay()  # a callable starts behind its own writes to the L2, and not behind another's
             taken = replay_us(graph)
@@ -187,6 +186,15 @@ def measure_together(
     for name, each in times.items():
         found[name] = Timing(statistics.median(each), min(each), max(each), walls[name])
     return found
+
+
+def _rounds(least: int, budget_s: float, most: float = math.inf) -> Iterator[int]:
+    """So many rounds at least, and more, up to `most`, while the seconds are not over."""
+    deadline = time.perf_counter() + budget_s
+    for done in itertools.count():
+        if done >= least and (done >= most or time.perf_counter() >= deadline):
+            return
+        yield done
 
 
 def _long_enough(call: Call, sets: Sequence[tuple[Any, ...]]) -> tuple[torch.cuda.CUDAGraph, int]:
@@ -217,9 +225,7 @@ def wall_us_together(
     comes in bursts that outlast a few short ones.
     """
     taken: dict[str, list[float]] = {name: [] for name in functions}
-    deadline, done = time.perf_counter() + budget_s * len(functions), 0
-    while done < rounds or time.perf_counter() < deadline:
-        done += 1
+    for _ in _rounds(rounds, budget_s * len(functions)):
         for name, function in functions.items():
             synchronize()
             start = time.perf_counter()

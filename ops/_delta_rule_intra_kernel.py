@@ -264,7 +264,7 @@ def _survey(
     p_k, p_q, p_sums, o_i, b_token, b_valid, k_stride_t, q_stride_t, sums_stride_n, sums_stride_c,
     PAIRS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Squares of keys and of queries, their products in the same row, and the number of block sizes that are needed.
+    """Squares of keys and of queries, their products in a row, how many block sizes are needed, and whether not all.
 
     Where sums are near those of the middle of a block, all pairs of that block are right at once.
     """
@@ -291,7 +291,7 @@ def _survey(
     ALL: tl.constexpr = 6 if C == 64 else 5 if C == 32 else 4
     levels = tl.where(tl.max(far_half, axis=0) * LOG2E <= -INVERTIBLE, 2, ALL)
     levels = tl.where(tl.max(far_whole, axis=0) * LOG2E <= -INVERTIBLE, 1, levels)
-    return b_squares, b_qq, b_diagonal, levels
+    return b_squares, b_qq, b_diagonal, levels, levels < ALL
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
@@ -324,7 +324,7 @@ def delta_rule_intra_per_channel_kernel(
     if pairs_ptr is not None:
         p_q = q_ptr + q_offset + row * q_stride_b + first * q_stride_t + key_head * q_stride_h
 
-    b_squares, b_qq, b_diagonal, levels = _survey(
+    b_squares, b_qq, b_diagonal, levels, fewer = _survey(
         p_k, p_q, p_sums, o_i, b_token, b_valid, k_stride_t, q_stride_t, sums_stride_n, sums_stride_c,
         pairs_ptr is not None, K, BK, C,
     )  # fmt: skip
@@ -334,13 +334,12 @@ def delta_rule_intra_per_channel_kernel(
         b_rk = tl.rsqrt(b_squares + EPS)
         b_rq *= tl.rsqrt(b_qq + EPS)
 
-    ALL: tl.constexpr = 6 if C == 64 else 5 if C == 32 else 4
     b_kk = tl.zeros([TILE, TILE], tl.float32)
     b_qk = tl.zeros([TILE, TILE], tl.float32)
     for level in tl.range(0, levels, num_stages=1):
         half = (C // 2) >> level
         # In the last of fewer levels all pairs of a block are right, with decays before the middle above one.
-        both = (levels < ALL) & (level == levels - 1)
+        both = fewer & (level == levels - 1)
         o_middle = _middle(o_i, half)
         b_after = (o_i > o_middle)[:, None]
         b_kk_here = tl.zeros([TILE, TILE], tl.float32)

@@ -96,6 +96,19 @@ def _hide(
 
 
 @triton.jit
+def _store_scores(
+    b_score, p_out, p_mask, b_row, o_t, m_out, first_row, mask_stride_s, mask_stride_t, out_stride_s, out_stride_t,
+    causal_offset, FILL: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Scores as of `_hide`, with the mask applied, to their places behind `p_out`, that of first_row."""
+    b_score = _hide(
+        b_score, p_mask, b_row, o_t, m_out, first_row, mask_stride_s, mask_stride_t, causal_offset, FILL, MASK
+    )
+    p_score = p_out + b_row[:, None].to(tl.int64) * out_stride_s + o_t[None, :].to(tl.int64) * out_stride_t
+    tl.store(p_score, b_score.to(p_out.dtype.element_ty), mask=m_out)
+
+
+@triton.jit
 def _scaled_keys(b_k, p_k_scale, b_in, SCALE_AFTER: tl.constexpr):
     """(keys, factors of their scores) for scales of the keys, of which only the sign has to pass the relu."""
     b_k_scale = tl.load(p_k_scale, mask=b_in, other=0.0).to(tl.float32)
@@ -149,11 +162,10 @@ def _store_hidden(
     """The scores of a tile's queries outside of low to high, which see none of its keys: no product is needed."""
     m_hidden = ((o_row < rows) & ((o_row < low) | (o_row >= high)))[:, None] & b_in[None, :]
     b_hidden = tl.full([ROWS, KEYS], 0.0 if MASK == ADD else fill, tl.float32)
-    b_hidden = _hide(
-        b_hidden, p_mask, o_row, o_t, m_hidden, first_row, mask_stride_s, stride_m, causal_offset, fill, MASK
-    )
-    p_hidden = p_out + o_row[:, None].to(tl.int64) * out_stride_s + o_t[None, :].to(tl.int64) * stride_o
-    tl.store(p_hidden, b_hidden.to(p_out.dtype.element_ty), mask=m_hidden)
+    _store_scores(
+        b_hidden, p_out, p_mask, o_row, o_t, m_hidden, first_row, mask_stride_s, stride_m, out_stride_s, stride_o,
+        causal_offset, fill, MASK,
+    )  # fmt: skip
 
 
 # Sizes that vary from call to call must not compile the kernel anew.
@@ -244,8 +256,7 @@ def index_score_kernel(
         b_score = tl.trans(b_score)
         b_row = row + o_step
         m_out = (b_row < rows)[:, None] & b_in[None, :]
-        b_score = _hide(
-            b_score, p_mask, b_row, o_t, m_out, first_row, mask_stride_s, stride_m, causal_offset, fill, MASK
-        )
-        p_score = p_out + b_row[:, None].to(tl.int64) * out_stride_s + o_t[None, :].to(tl.int64) * stride_o
-        tl.store(p_score, b_score.to(out_ptr.dtype.element_ty), mask=m_out)
+        _store_scores(
+            b_score, p_out, p_mask, b_row, o_t, m_out, first_row, mask_stride_s, stride_m, out_stride_s, stride_o,
+            causal_offset, fill, MASK,
+        )  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import types
-from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 from unittest import mock
@@ -79,14 +78,14 @@ def static() -> tuple[Any, Recorder]:
 
 
 @pytest.fixture
-def dependent() -> Iterator[tuple[Any, Recorder]]:
+def dependent() -> tuple[Any, Recorder]:
     """A kernel that Triton launches, and its launcher."""
     from triton import knobs
 
     end = Recorder()
     scope = {"runner": end, "function": 99, "metadata": (4, 1, 512), "enter": knobs.runtime.launch_enter_hook,
              "leave": knobs.runtime.launch_exit_hook, "bin": mock.Mock()}  # fmt: skip
-    yield made(scope, [], static=False), end
+    return made(scope, [], static=False), end
 
 
 def calls(kernel: Any, end: Recorder, times: int) -> list[tuple[Any, ...]]:

@@ -19,7 +19,7 @@ import torch
 from torch._inductor import config as inductor
 
 from fusion_passes import arch, benchmarking, launching
-from fusion_passes.bench.contestants import STOCK, _compiled, ours
+from fusion_passes.bench.contestants import contestants
 from fusion_passes.benchmarking import Call, Case
 from fusion_passes.ops import _gate_cumsum_cases, _mla_kv_pack_cases, qkv_split
 
@@ -52,18 +52,15 @@ def launched(short: bool, dependent: bool) -> Iterator[None]:
             yield
 
 
-def contestants(case: Case, args: Sequence[object]) -> dict[str, Call]:
+def compiled(case: Case, args: Sequence[object]) -> dict[str, Call]:
     """Stock, combo_kernels and ours in all ways, compiled for these arguments."""
-    assert case.plain is not None
-    found: dict[str, Call] = {}
-    for name in ("stock", "combo_kernels"):
-        found[name] = _compiled(f"{name} {case.name}", case.plain, STOCK[name])
-        found[name](*args)
+    found = {name: contestants(case, [name], DEVICE)[0][name] for name in ("stock", "combo_kernels")}
     for name, way in WAYS.items():
-        found[name] = _compiled(f"{name} {case.name}", case.plain, ours(DEVICE))
+        found[name] = contestants(case, [], DEVICE)[0]["fused"]
         with launched(*way):
             found[name](*args)
-            found[name](*args)
+    for call in found.values():
+        call(*args)
     return found
 
 
@@ -74,7 +71,7 @@ def main() -> None:
     with torch.no_grad():
         for case in cases():
             sets = benchmarking.input_sets(case, DEVICE)
-            calls = contestants(case, sets[0])
+            calls = compiled(case, sets[0])
             for _ in range(rounds):
                 walls = benchmarking.wall_us_together(calls, sets)
                 print(case.name, ", ".join(f"{name} {wall:.1f}" for name, wall in walls.items()), flush=True)
